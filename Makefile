@@ -1,0 +1,58 @@
+# Each target sets up .venv by itself if need be: `make demo` and `make test` work in a fresh clone.
+# Windows: README.md has the same commands without make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := .venv/.installed
+SETUP_DEV := .venv/.installed-dev
+
+.PHONY: help setup demo test test-gpu check format lesson bench readme clean
+
+help:           ## list the targets
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+setup: $(SETUP) ## create .venv with the tested versions of everything
+
+demo: $(SETUP)  ## quantize the model that ships with the project, and show what that did to it
+	$(BIN)/python quantize.py demo
+	@echo
+	$(BIN)/python eval.py demo
+
+test: $(SETUP_DEV) ## run the tests (MINIGPT_DATA=FOLDER adds those that need WikiText-2 and GPT-2's vocabulary)
+	$(BIN)/python -m pytest
+
+test-gpu:       ## run the tests on this machine's GPU, with the python that runs this (PYTHON=...)
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'torch sees no GPU here'"
+	PYTHONPATH=. $(PYTHON) -m pytest
+
+check: $(SETUP_DEV) ## linter, formatter, type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(SETUP_DEV) ## let ruff format and mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lesson: $(SETUP) ## check a lesson against the reference: make lesson K=04
+	$(BIN)/python -m kernels.$(basename $(notdir $(wildcard kernels/k$(K)_*.py)))
+
+bench: $(SETUP) ## measure all lessons on this machine's GPU, into results/
+	for lesson in k01_quantize k02_dequantize k03_matmul k04_w4a16; do \
+		$(BIN)/python -m kernels.$$lesson --bench --json results/$$lesson.json || exit 1; done
+
+readme: $(SETUP) ## write the tables of README.md and kernels/README.md anew from results/
+	$(BIN)/python tools/readme.py
+
+clean:          ## remove .venv and checkpoints/
+	rm -rf .venv checkpoints
+
+$(SETUP): requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+$(SETUP_DEV): $(SETUP) requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,205 @@
+"""Says honestly what int4 did to a model: perplexity, tokens per second and bytes, beside FP16.
+
+    python eval.py                                   GPT-2 124M and what quantize.py made of it, on WikiText-2
+    python eval.py demo                              the model that ships with this project, on text that does too
+    python eval.py gpt2 --stride 512                 the stride of most published figures
+    python eval.py my-gpt2/ --quantized my-int4/ other-int4/ --dataset my_text.txt --json out.json
+
+One table, a row for FP16 and one for each int4 checkpoint, all measured in the same run in the same way.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minigpt import checkpoint, data, evaluate
+from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
+from minigpt.errors import UserError, run_script
+from minigpt.model import GPT
+from minigpt.quantization.linear import Int4Linear
+from minigpt.table import format_bytes, format_table
+from minigpt.tokenizer import tokenizer_for
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the table: a model with one kind of weights."""
+
+    weights: str
+    bits_per_weight: float
+    bytes: int
+    perplexity: float
+    tokens_scored: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int | None
+    device: str
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    known = ", ".join(checkpoint.PRETRAINED)
+    parser.add_argument(
+        "model", nargs="?", default="gpt2", help=f"{known}, or the path of a checkpoint (default: gpt2)"
+    )
+    parser.add_argument(
+        "--quantized", nargs="+", type=Path, metavar="PATH", help="int4 checkpoints (default: what quantize.py wrote)"
+    )
+    parser.add_argument(
+        "--dataset",
+        help="wikitext-2, wikitext-103, demo, a text file or a folder (default: wikitext-2; for demo: demo)",
+    )
+    parser.add_argument("--context-length", type=int, help="tokens in a window (default: as many as the model reads)")
+    parser.add_argument("--stride", type=int, help="tokens between windows (default: the context length)")
+    parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save protocol and rows")
+    add_device_argument(parser)
+    args = parser.parse_args()
+    check_device(args.device)
+    args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
+    if args.json and not args.json.parent.is_dir():
+        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.quantized is None:
+        args.quantized = [checkpoint.default_int4_folder(args.model)]
+        if not args.quantized[0].exists():
+            raise UserError(f"no int4 checkpoint at {args.quantized[0]}; make it with: python quantize.py {args.model}")
+    for path in args.quantized:
+        if not path.exists():
+            raise UserError(f"--quantized {path}: no such folder")
+    return args
+
+
+def load_fp16(path: Path, device: str) -> GPT:
+    """Loads a checkpoint with all its weights rounded to fp16, to compute in the dtype that the device serves well."""
+    return checkpoint.load(path, torch.float16).to(device=device, dtype=arithmetic_dtype(device))
+
+
+def bits_per_weight(model: GPT) -> float:
+    """Bits stored for a weight of the blocks' linear layers: 16, or what codes, scales and zeros come to."""
+    layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
+    weights = sum(layer.weight.in_features * layer.weight.out_features for layer in layers)
+    return 8 * sum(layer.stored_bytes for layer in layers) / weights if layers else 16.0
+
+
+def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: argparse.Namespace) -> Row:
+    """Loads a checkpoint, measures it, and lets it go."""
+    memory = evaluate.PeakMemory(torch.device(args.device))
+    model = load_fp16(path, args.device)
+    bits = bits_per_weight(model)
+    weights = "fp16" if bits == 16.0 else f"int4 {path}"
+    score = evaluate.perplexity(
+        model, tokens, protocol["context_length"], protocol["stride"], args.batch_size, f"{weights}: perplexity"
+    )
+    prefill = evaluate.prefill_rate(model, tokens, protocol["prefill_tokens"])
+    decode = evaluate.decode_rate(model, tokens, protocol["decode_prompt_tokens"], protocol["decode_new_tokens"])
+    return Row(
+        weights=weights,
+        bits_per_weight=bits,
+        bytes=2 * sum(p.numel() for p in model.parameters()) if bits == 16.0 else checkpoint.file_bytes(path),
+        perplexity=score.perplexity,
+        tokens_scored=score.tokens_scored,
+        prefill_tokens_per_second=prefill,
+        decode_tokens_per_second=decode,
+        peak_memory_bytes=memory.read(),
+        device=protocol["device"],
+    )
+
+
+def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[str, Any]:
+    """All that one needs to take the same numbers again."""
+    context_length = model.config.n_positions if args.context_length is None else args.context_length
+    prompt = max(1, min(32, n_tokens, model.config.n_positions // 4))
+    return {
+        "model": args.model,
+        "dataset": args.dataset,
+        "tokens": n_tokens,
+        "context_length": context_length,
+        "stride": context_length if args.stride is None else args.stride,
+        "batch_size": args.batch_size,
+        "prefill_tokens": min(context_length, n_tokens),
+        "decode_prompt_tokens": prompt,
+        "decode_new_tokens": min(128, model.config.n_positions - prompt),
+        "arithmetic": str(arithmetic_dtype(args.device)).removeprefix("torch."),
+        "device": describe_device(args.device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": "python eval.py " + shlex.join(sys.argv[1:]),
+    }
+
+
+def describe_protocol(protocol: dict[str, Any]) -> str:
+    """The protocol in three lines, for the table's head."""
+    p = protocol
+    return (
+        f"{p['model']} on {p['dataset']}: {p['tokens']:,} tokens, windows of {p['context_length']}, "
+        f"stride {p['stride']}; perplexity over the tokens scored\n"
+        f"prefill: {p['prefill_tokens']} tokens at once; decode: batch 1, greedy, KV cache, up to "
+        f"{p['decode_new_tokens']} tokens after {p['decode_prompt_tokens']}; medians\n"
+        f"{p['device']}, arithmetic in {p['arithmetic']}, torch {p['torch']}, Python {p['python']}"
+    )
+
+
+def format_rows(rows: list[Row]) -> str:
+    """The table; changes of perplexity and ratios are to the first row."""
+    first = rows[0]
+    cells = [
+        [
+            row.weights,
+            f"{row.bits_per_weight:.2f}",
+            format_bytes(row.bytes),
+            f"{row.perplexity:.3f}",
+            "" if row is first else f"{100 * (row.perplexity / first.perplexity - 1):+.2f}%",
+            f"{row.prefill_tokens_per_second:,.0f}",
+            f"{row.decode_tokens_per_second:,.1f}",
+            "unknown" if row.peak_memory_bytes is None else format_bytes(row.peak_memory_bytes),
+        ]
+        for row in rows
+    ]
+    columns = [
+        "weights",
+        "bits/weight",
+        "bytes",
+        "perplexity",
+        "change",
+        "prefill tok/s",
+        "decode tok/s",
+        "peak memory",
+    ]
+    return format_table(columns, cells)
+
+
+def main() -> None:
+    """Measures FP16 and each int4 checkpoint, and prints the table."""
+    args = parse_args()
+    path = checkpoint.resolve(args.model)
+    model = checkpoint.load(path, torch.float16)
+    if any(isinstance(module, Int4Linear) for module in model.modules()):
+        raise UserError(
+            f"{args.model} is an int4 checkpoint: give the fp one it was made from, and this as --quantized"
+        )
+    tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), model.config.vocab_size)
+    tokens = torch.tensor(tokenizer.encode_ordinary(data.load_text(args.dataset)), device=args.device)
+    protocol = make_protocol(args, model, len(tokens))
+    del model
+    print(describe_protocol(protocol) + "\n", flush=True)
+    rows = [measure(each, tokens, protocol, args) for each in (path, *args.quantized)]
+    print(format_rows(rows))
+    if args.json:
+        content = {"protocol": protocol, "rows": [dataclasses.asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,185 @@
+"""The harness that all lessons share: compare with float64, time on a GPU, set a time beside its floor.
+
+How a time is taken here: the launches are captured in a CUDA graph, so that no Python runs between them; they walk
+through enough copies of the weight that the L2 cache cannot hold them, as a real model's layers do; the graph is
+replayed, and the median replay counts. Every lesson times its baseline in the same run.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CPU: Triton's interpreter
+
+# The interpreter gets bfloat16 arithmetic wrong without saying so; a GPU does not.
+ACTIVATION_DTYPES = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
+
+Check = tuple[str, bool]  # what was compared, whether it agreed
+Row = dict[str, Any]  # one measurement
+
+
+def random_tensor(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
+    """Standard normal numbers [*shape] on DEVICE; the same numbers for the same seed and device."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE, dtype=torch.float32).to(dtype)
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """|out - reference| / |reference| in float64 (Frobenius norms); infinite if anything is not finite."""
+    error = (out.double() - reference.double()).norm() / reference.double().norm()
+    return error.item() if torch.isfinite(error) else math.inf
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error that a matmul in `dtype` with fp32 accumulation stays under: its result is rounded once."""
+    return {torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+
+
+def copies_to_fill_cache(n_bytes: int) -> int:
+    """How many buffers of n_bytes are needed so that walking through them finds none in the L2 cache."""
+    return max(2, math.ceil(3 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / n_bytes))
+
+
+def microseconds(function: Callable[..., object], arguments: Sequence[tuple[Any, ...]]) -> float:
+    """Median time of one call, in microseconds, over replays of a CUDA graph that calls `function` in turn.
+
+    Args:
+        function: launches work on the GPU.
+        arguments: what it is called with: the same work on different copies of its data.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for args in arguments:
+            function(*args)  # compiles what needs compiling, before the capture
+        one_round = triton.testing.do_bench(lambda: [function(*args) for args in arguments], warmup=1, rep=5)
+    torch.cuda.synchronize()
+    # A millisecond's work a replay: less, and the events' own resolution shows; more, and the clock rate may fall.
+    rounds = max(1, round(1.0 / one_round))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(rounds):
+            for args in arguments:
+                function(*args)
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(15):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / (rounds * len(arguments)))
+    return sorted(times)[len(times) // 2]
+
+
+@functools.cache
+def copy_bandwidth() -> float:
+    """The memory ceiling: bytes read plus bytes written per second by a large device-to-device copy."""
+    source = random_tensor(2**29)  # 1 GiB
+    target = torch.empty_like(source)
+    # Not in a graph: there a copy is left to the copy engine, which reaches two thirds of what a kernel does.
+    time = triton.testing.do_bench(lambda: target.copy_(source), return_mode="median")  # milliseconds
+    return 2 * source.nbytes / (time * 1e-3)
+
+
+@functools.cache
+def matmul_rate() -> float:
+    """The arithmetic ceiling: operations per second of a large fp16 matrix product on random data."""
+    a, b = random_tensor(8192, 8192, seed=1), random_tensor(8192, 8192, seed=2)
+    time = triton.testing.do_bench(lambda: torch.matmul(a, b), return_mode="median")  # milliseconds
+    return 2 * 8192**3 / (time * 1e-3)
+
+
+def floor_microseconds(n_bytes: float, operations: float = 0.0) -> float:
+    """The roofline: no kernel that moves n_bytes and does `operations` is faster on this GPU."""
+    return 1e6 * max(n_bytes / copy_bandwidth(), operations / matmul_rate())
+
+
+def environment() -> Row:
+    """Where a measurement was taken: GPU, versions, date, command."""
+    return {
+        "gpu": torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": command_line(),
+    }
+
+
+def command_line() -> str:
+    """The command that started this program, as one would type it in the project's folder."""
+    main_spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"-m {main_spec.name}" if main_spec else Path(sys.argv[0]).name
+    return " ".join(["python", program, *sys.argv[1:]])
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Prints measurements as an aligned table; the first row's keys are the columns."""
+    columns = list(rows[0])
+    cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)))
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+    return str(value)
+
+
+def run_lesson(check: Callable[[], Iterator[Check]], bench: Callable[[], list[Row]]) -> None:
+    """The command line of a lesson: --check compares with the reference, --bench measures, --json saves that.
+
+    Exit status: 1 if a check failed, 2 if --bench is asked for without a GPU.
+    """
+    lesson = sys.modules["__main__"].__doc__
+    parser = argparse.ArgumentParser(description=lesson, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare with the reference (the default)")
+    parser.add_argument("--bench", action="store_true", help="measure on this machine's GPU")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="save the measurements")
+    args = parser.parse_args()
+    if args.json and not args.bench:
+        parser.error("--json saves what --bench measures: give both")
+    if args.bench and DEVICE.type != "cuda":
+        parser.error("--bench needs a GPU, and torch sees none here; --check runs everywhere")
+    if args.check or not args.bench:
+        where = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "Triton's interpreter"
+        failed = 0
+        for what, agrees in check():
+            print(f"{'ok  ' if agrees else 'FAIL'}  {what}")
+            failed += not agrees
+        print(f"{'all agree' if not failed else f'{failed} FAILED'} ({where})")
+        if failed:
+            sys.exit(1)
+    if args.bench:
+        rows = bench()
+        print_table(rows)
+        print(
+            f"ceilings of this run: {copy_bandwidth() / 1e9:.0f} GB/s copied, {matmul_rate() / 1e12:.0f} TFLOP/s fp16"
+        )
+        if args.json:
+            save_json(args.json, [{**environment(), **row} for row in rows])
+
+
+def save_json(path: Path, content: object) -> None:
+    """Writes JSON whole or not at all: to a file beside `path` first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp-write")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,36 @@
+"""Which device to compute on, and in which dtype."""
+
+import argparse
+import platform
+
+import torch
+
+from minigpt.errors import UserError
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --device, which defaults to the GPU where there is one."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, help=f"cpu, cuda or cuda:N (default here: {default})")
+
+
+def check_device(name: str) -> str:
+    """Returns `name`; raises UserError unless it is a device that can be used here."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--device {name} cannot be used here ({reason}); use cpu or leave it out") from None
+    return name
+
+
+def arithmetic_dtype(device: str) -> torch.dtype:
+    """What models compute in: fp16 on a GPU; fp32 on a CPU, which has no fp16 matrix units and would emulate them."""
+    return torch.float16 if device.startswith("cuda") else torch.float32
+
+
+def describe_device(device: str) -> str:
+    """The GPU's name, or the kind of CPU and how many threads torch uses of it."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"

@@ -1,0 +1,40 @@
+"""The one error that users see, and the wrapper that shows it in one line."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend: a wrong flag, a missing file, an unreachable hub.
+
+    The message names the value at fault and says what would be right. The scripts print it
+    without a traceback and exit with status 2; anything else that is raised is our own fault
+    and keeps its traceback.
+    """
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main` and turns what can go wrong outside the program into one line.
+
+    Exit status: 2 for a `UserError`, a failing disk or too little memory; 130 for Ctrl-C.
+    """
+    try:
+        main()
+    except UserError as error:
+        _exit(str(error), 2)
+    except torch.OutOfMemoryError:
+        _exit("out of GPU memory: a smaller --batch-size or --context-length, or --device cpu", 2)
+    except MemoryError:
+        _exit("out of memory", 2)
+    except OSError as error:  # the disk is full, a folder is not writable
+        where = f"{error.filename}: " if error.filename else ""
+        _exit(f"{where}{error.strerror or error}", 2)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+
+
+def _exit(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,165 @@
+"""What a model is worth and what it costs: perplexity, tokens per second, memory. The protocol, in one place.
+
+Perplexity is exp of the mean negative log-likelihood, in nats a token. The text is cut into windows of the context
+length, `stride` apart; each window scores the tokens that no window before it has scored, given those before them in
+the window. With stride = context length the windows do not overlap, the cheapest and most pessimistic choice: a
+window's first tokens have little to go by. Sums are float64.
+"""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from minigpt.errors import UserError
+from minigpt.generate import generate
+from minigpt.model import GPT
+
+
+@dataclass(frozen=True)
+class Score:
+    """A perplexity and what it was computed from.
+
+    Attributes:
+        nats: sum of the negative log-likelihoods of the tokens scored.
+        tokens_scored: how many.
+    """
+
+    nats: float
+    tokens_scored: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nats / tokens_scored)."""
+        return math.exp(self.nats / self.tokens_scored)
+
+
+def windows(n_tokens: int, context_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """Yields (begin, end, first): a window holds tokens begin..end-1 and scores tokens first..end-1.
+
+    A token that begins a window has nothing to be predicted from there and is scored by no window but an earlier one.
+    """
+    scored = 0
+    for begin in range(0, n_tokens, stride):
+        end = min(begin + context_length, n_tokens)
+        if end - begin >= 2:
+            yield begin, end, max(scored, begin + 1)
+        scored = end
+        if end == n_tokens:
+            return
+
+
+@torch.inference_mode()
+def perplexity(
+    model: GPT, tokens: Tensor, context_length: int, stride: int, batch_size: int = 1, label: str = ""
+) -> Score:
+    """Scores a text.
+
+    Args:
+        model: in evaluation mode.
+        tokens: int64 [N], the whole text, on the model's device.
+        context_length: tokens in a window, at most the model's n_positions.
+        stride: tokens from one window's begin to the next, at most context_length.
+        batch_size: windows that go through the model at once.
+        label: shown before the progress bar.
+
+    Raises:
+        UserError: the text has fewer than two tokens, or a length or stride is out of range.
+    """
+    limit = model.config.n_positions
+    if not 2 <= context_length <= limit:
+        raise UserError(f"--context-length is {context_length}, it must be from 2 to {limit}, the model's n_positions")
+    if not 1 <= stride <= context_length:
+        raise UserError(f"--stride is {stride}, it must be from 1 to the context length {context_length}")
+    plan = list(windows(len(tokens), context_length, stride))
+    if not plan:
+        raise UserError(f"the text has {len(tokens)} token, too few to score")
+    nats, n_scored = 0.0, 0
+    with tqdm(total=len(plan), desc=label, unit="window", leave=False, file=sys.stderr) as bar:
+        while plan:
+            length = plan[0][1] - plan[0][0]
+            batch = [window for window in plan[:batch_size] if window[1] - window[0] == length]
+            plan = plan[len(batch) :]
+            inputs = torch.stack([tokens[begin:end] for begin, end, _ in batch])  # [B, T]
+            hidden = model.hidden(inputs)  # [B, T, C]
+            for row, (begin, _, first) in enumerate(batch):  # logits a window at a time: they are large
+                targets = inputs[row, first - begin :]  # [S]
+                logits = model.lm_head(hidden[row, first - begin - 1 : -1])  # [S, V]
+                nats += F.cross_entropy(logits.float(), targets, reduction="none").double().sum().item()
+                n_scored += len(targets)
+            bar.update(len(batch))
+    return Score(nats, n_scored)
+
+
+@torch.inference_mode()
+def prefill_rate(model: GPT, tokens: Tensor, length: int, seconds: float = 3.0) -> float:
+    """Tokens a second when reading a prompt: `length` tokens at once, output layer for the last one only.
+
+    Args:
+        model: in evaluation mode.
+        tokens: int64 [N] with N >= length, on the model's device.
+        length: tokens at once.
+        seconds: how long to measure, about.
+    """
+    prompt = tokens[:length].view(1, -1)
+    times = _repeat(lambda: model.lm_head(model.hidden(prompt)[:, -1]), prompt.device, seconds)
+    return length / statistics.median(times)
+
+
+@torch.inference_mode()
+def decode_rate(model: GPT, tokens: Tensor, prompt_length: int, max_new_tokens: int, seconds: float = 5.0) -> float:
+    """Tokens a second when writing: greedy, batch 1, KV cache, after a prompt; the prompt's own time not counted.
+
+    Args:
+        model: in evaluation mode.
+        tokens: int64 [N], whose first prompt_length are the prompt.
+        max_new_tokens: how many to write at most, at least 2.
+        seconds: after this time, no more are written.
+    """
+    stream = generate(model, tokens[:prompt_length].view(1, -1), max_new_tokens)
+    for _ in range(2):  # the prompt, and a first step that may compile kernels
+        next(stream)
+    times = _repeat(lambda: next(stream), tokens.device, seconds, at_most=max_new_tokens - 2)
+    return 1 / statistics.median(times)
+
+
+def _repeat(function: Callable[[], object], device: torch.device, seconds: float, at_most: int = 100) -> list[float]:
+    """Seconds that each of several calls took, after one that is not counted (unless `at_most` is 1)."""
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < at_most and (len(times) < 3 or time.perf_counter() - start < seconds):
+        begin = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - begin)
+    return times[1:] or times
+
+
+class PeakMemory:
+    """Watches memory from its creation on: a GPU's allocations, or, on Linux, the resident memory of the process."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+
+    def read(self) -> int | None:
+        """The most bytes in use at once so far; None where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if sys.platform != "linux":
+            return None
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024

@@ -1,0 +1,98 @@
+"""Walks a GPT and replaces the linear layers of its blocks by packed int4 ones."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kernels import QuantizedWeight, dequantize, group_sizes
+from minigpt.errors import UserError
+from minigpt.model import GPT
+from minigpt.quantization.linear import Int4Linear
+
+WHOLE_ROW = -1  # a group size, as GPTQ's files write it: one scale a row, however long the row is
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What quantizing did to one layer.
+
+    Attributes:
+        name: as in the model, e.g. h.0.attn.c_attn.
+        weights: how many weights it has.
+        stored_bytes: what they take in a file.
+        relative_error: |w - w'| / |w| (Frobenius norms), w' being the dequantized weight.
+        mean_absolute_error: of its weights.
+    """
+
+    name: str
+    weights: int
+    stored_bytes: int
+    relative_error: float
+    mean_absolute_error: float
+
+    @property
+    def kind(self) -> str:
+        """The layer's name without its block's number: attn.c_attn, attn.c_proj, mlp.c_fc or mlp.c_proj."""
+        return self.name.split(".", 2)[2]
+
+
+def block_linears(model: GPT) -> Iterator[tuple[str, nn.Linear]]:
+    """The linear layers of the blocks, with their names, in the order in which tokens pass through them."""
+    for name, module in model.h.named_modules(prefix="h"):
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def layer_group_size(in_features: int, group_size: int) -> int:
+    """The group size that a layer gets: `group_size`, or in_features where WHOLE_ROW is asked for."""
+    return in_features if group_size == WHOLE_ROW else group_size
+
+
+def check_fits(model: GPT, group_size: int) -> None:
+    """Raises UserError if groups of `group_size` do not fit every linear layer, listing the sizes that do."""
+    widths = {layer.in_features for _, layer in block_linears(model)}
+    allowed = sorted(set.intersection(*(set(group_sizes(width)) for width in widths)))
+    if group_size not in (*allowed, WHOLE_ROW):
+        raise UserError(
+            f"--group-size {group_size} does not fit this model, whose layers have in_features "
+            f"{' and '.join(map(str, sorted(widths)))}; possible: {', '.join(map(str, allowed))}, row"
+        )
+
+
+def quantize_model(
+    model: GPT, method: Callable[[Tensor, int], QuantizedWeight], group_size: int
+) -> Iterator[LayerReport]:
+    """Replaces the linear layers of the blocks one by one, in place; yields a report after each.
+
+    Args:
+        model: its weights are read on the device they are on; biases become fp16.
+        method: from `minigpt.quantization.rtn.METHODS`.
+        group_size: weights that share a scale; WHOLE_ROW for one scale a row.
+
+    Raises:
+        UserError: at once and before any change: a layer's weights are not finite, or the group size does not fit.
+    """
+    check_fits(model, group_size)
+    for name, layer in block_linears(model):
+        if not torch.isfinite(layer.weight).all():
+            raise UserError(f"layer {name} has weights that are NaN or infinite; this model cannot be quantized")
+    return (_convert(model, name, method, group_size) for name, _ in list(block_linears(model)))
+
+
+def _convert(model: GPT, name: str, method: Callable[[Tensor, int], QuantizedWeight], group_size: int) -> LayerReport:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    weight = layer.weight.detach()
+    packed = method(weight, layer_group_size(layer.in_features, group_size))
+    int4 = Int4Linear(packed, layer.bias.detach().to(torch.float16))
+    model.set_submodule(name, int4)
+    error = dequantize(packed, torch.float32) - weight.float()
+    return LayerReport(
+        name=name,
+        weights=weight.numel(),
+        stored_bytes=int4.stored_bytes,
+        relative_error=(error.norm() / weight.float().norm().clamp(min=1e-30)).item(),
+        mean_absolute_error=error.abs().mean().item(),
+    )

@@ -1,0 +1,105 @@
+"""Turns a GPT-2's linear layers into packed int4.
+
+    python quantize.py                      GPT-2 124M, pretrained, from the hub
+    python quantize.py demo                 the model that ships with this project; no network needed
+    python quantize.py demo --method absmax --group-size 128 --output my-int4
+
+The blocks' linear layers become int4; embeddings, LayerNorms and biases become fp16. Quantizing runs through the Triton
+kernels of `kernels/` on a GPU and through plain torch elsewhere, and gives the same codes. `python eval.py` then says
+what it cost.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minigpt import checkpoint
+from minigpt.device import add_device_argument, check_device
+from minigpt.errors import run_script
+from minigpt.quantization import gptq_format
+from minigpt.quantization.convert import WHOLE_ROW, LayerReport, block_linears, quantize_model
+from minigpt.quantization.rtn import METHODS, SYMMETRIC
+from minigpt.table import format_bytes, format_table
+from minigpt.tokenizer import FILE_NAME
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    known = ", ".join(checkpoint.PRETRAINED)
+    parser.add_argument(
+        "model", nargs="?", default="gpt2", help=f"{known}, or the path of a checkpoint (default: gpt2)"
+    )
+    parser.add_argument("--method", choices=METHODS, default="mse", help="how scales are chosen (default: mse)")
+    parser.add_argument(
+        "--group-size",
+        type=group_size,
+        default=64,
+        help="weights that share a scale; 'row' for one a row (default: 64)",
+    )
+    parser.add_argument("--output", type=Path, help="checkpoint folder to write (default: checkpoints/MODEL-int4)")
+    add_device_argument(parser)
+    args = parser.parse_args()
+    check_device(args.device)
+    return args
+
+
+def group_size(text: str) -> int:
+    """Reads --group-size."""
+    return WHOLE_ROW if text == "row" else int(text)
+
+
+def summary(reports: list[LayerReport]) -> str:
+    """A table with a row for each kind of layer, and one for all."""
+    rows = []
+    for kind in [*dict.fromkeys(report.kind for report in reports), "all"]:
+        chosen = [report for report in reports if kind in (report.kind, "all")]
+        weights = sum(report.weights for report in chosen)
+        n_bytes = sum(report.stored_bytes for report in chosen)
+        rows.append(
+            [
+                kind,
+                str(len(chosen)),
+                f"{weights:,}",
+                f"{8 * n_bytes / weights:.2f}",
+                format_bytes(2 * weights),
+                format_bytes(n_bytes),
+                f"{sum(report.mean_absolute_error * report.weights for report in chosen) / weights:.6f}",
+                f"{100 * sum(report.relative_error for report in chosen) / len(chosen):.2f}%",
+            ]
+        )
+    columns = ["layer", "layers", "weights", "bits/weight", "fp16", "int4", "mean |error|", "relative error"]
+    return format_table(columns, rows)
+
+
+def main() -> None:
+    """Loads, quantizes with a progress bar, saves, and prints what was done."""
+    args = parse_args()
+    output = args.output or checkpoint.default_int4_folder(args.model)
+    checkpoint.check_output(output)
+    path = checkpoint.resolve(args.model)
+    model = checkpoint.load(path, torch.float32, args.device)
+    before = 2 * sum(parameter.numel() for parameter in model.parameters())
+    steps = quantize_model(model, METHODS[args.method], args.group_size)
+    reports = list(
+        tqdm(steps, total=len(list(block_linears(model))), desc=f"{args.method} on {args.device}", unit="layer")
+    )
+    tokenizer_file = checkpoint.checkpoint_folder(path) / FILE_NAME
+    checkpoint.save(
+        model,
+        output,
+        tokenizer_file if tokenizer_file.exists() else None,
+        gptq_format.describe(args.method, args.group_size, args.method in SYMMETRIC),
+    )
+    print(summary(reports))
+    after = checkpoint.file_bytes(output)
+    print(
+        f"whole model: {format_bytes(before)} in fp16, {format_bytes(after)} in {output}: {before / after:.2f}x smaller"
+    )
+    print(f"next: python eval.py {args.model}" + (f" --quantized {args.output}" if args.output else ""))
+
+
+if __name__ == "__main__":
+    run_script(main)

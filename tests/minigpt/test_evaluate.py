@@ -1,0 +1,104 @@
+"""The perplexity protocol, against the loop that Hugging Face documents, with transformers' own model and loss."""
+
+import math
+import sys
+
+import pytest
+import torch
+import transformers
+
+from minigpt import checkpoint, evaluate
+from minigpt.errors import UserError
+
+
+def huggingface_perplexity(model, tokens, context_length, stride):
+    """The strided loop: labels of tokens that an earlier window scored are masked; sums in float64."""
+    nats, scored, previous_end = 0.0, 0, 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + context_length, len(tokens))
+        window = tokens[None, begin:end]
+        labels = window.clone()
+        labels[:, : -(end - previous_end)] = -100
+        n_scored = (labels[:, 1:] != -100).sum().item()
+        if n_scored:
+            with torch.no_grad():
+                nats += model(window, labels=labels).loss.double().item() * n_scored
+            scored += n_scored
+        previous_end = end
+        if end == len(tokens):
+            break
+    return math.exp(nats / scored), scored
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    config = transformers.GPT2Config(
+        vocab_size=97, n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    reference = transformers.GPT2LMHeadModel(config).eval()
+    for parameter in reference.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    reference.save_pretrained(folder)
+    return reference, checkpoint.load(folder, torch.float32)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 31, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize(("context_length", "stride"), [(32, 32), (32, 16), (32, 7), (20, 20), (20, 1)])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_perplexity_is_that_of_the_documented_loop(pair, n_tokens, context_length, stride, batch_size):
+    reference, ours = pair
+    tokens = torch.randint(97, (n_tokens,))
+    score = evaluate.perplexity(ours, tokens, context_length, stride, batch_size)
+    expected, scored = huggingface_perplexity(reference, tokens, context_length, stride)
+    assert score.tokens_scored == scored
+    assert score.perplexity == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_token_is_scored_once():
+    """With any stride, windows score each token at most once, and leave out only those that begin a window."""
+    for n_tokens in (2, 50, 64, 65, 129):
+        for context_length, stride in [(16, 16), (16, 5), (2, 1), (16, 15)]:
+            scored = [
+                t for _, end, first in evaluate.windows(n_tokens, context_length, stride) for t in range(first, end)
+            ]
+            assert len(scored) == len(set(scored))
+            if stride < context_length:
+                assert scored == list(range(1, n_tokens))
+            else:
+                assert set(range(n_tokens)) - set(scored) == set(range(0, n_tokens, stride))
+
+
+def test_what_cannot_be_scored_is_said(pair):
+    _, ours = pair
+    tokens = torch.randint(97, (50,))
+    for context_length, stride, message in [
+        (33, 33, "--context-length is 33, it must be from 2 to 32"),
+        (1, 1, "--context-length is 1"),
+        (16, 17, "--stride is 17, it must be from 1 to the context length 16"),
+        (16, 0, "--stride is 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            evaluate.perplexity(ours, tokens, context_length, stride)
+    with pytest.raises(UserError, match="too few"):
+        evaluate.perplexity(ours, tokens[:1], 32, 32)
+
+
+def test_rates_are_tokens_over_time(pair, monkeypatch):
+    """With a clock that advances 0.5 s a reading: each timed call reads it twice, so it takes 0.5 s."""
+    _, ours = pair
+    clock = iter(range(10**6))
+    monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock) * 0.5)
+    tokens = torch.randint(97, (32,))
+    assert evaluate.prefill_rate(ours, tokens, 32) == 32 / 0.5
+    assert evaluate.decode_rate(ours, tokens, 8, 20) == 1 / 0.5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks about the memory of the process, not of a GPU")
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_peak_memory_sees_an_allocation_that_is_gone():
+    memory = evaluate.PeakMemory(torch.device("cpu"))
+    before = memory.read()
+    torch.ones(50_000_000)  # 200 MB
+    assert memory.read() - before > 150e6
+    assert evaluate.PeakMemory(torch.device("cpu")).read() - before < 100e6

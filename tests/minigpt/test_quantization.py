@@ -1,0 +1,77 @@
+"""Converting a whole model."""
+
+import pytest
+import torch
+
+import kernels
+from minigpt import checkpoint
+from minigpt.config import GPTConfig
+from minigpt.errors import UserError
+from minigpt.model import GPT
+from minigpt.quantization.convert import WHOLE_ROW, quantize_model
+from minigpt.quantization.linear import Int4Linear
+from minigpt.quantization.rtn import METHODS, SYMMETRIC
+
+
+@pytest.fixture
+def model():
+    model = GPT(GPTConfig(vocab_size=71, n_positions=24, n_embd=48, n_layer=2, n_head=3))
+    model.init_weights()
+    return model.eval()
+
+
+def test_every_linear_layer_of_the_blocks_is_converted_and_nothing_else(model):
+    reports = list(quantize_model(model, METHODS["mse"], 16))
+    assert [report.name for report in reports] == [
+        f"h.{i}.{kind}" for i in range(2) for kind in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    converted = {name for name, module in model.named_modules() if isinstance(module, Int4Linear)}
+    assert converted == {report.name for report in reports}
+    assert type(model.lm_head) is torch.nn.Linear and model.lm_head.weight is model.wte.weight
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reports_say_what_was_done(model, method):
+    originals = {name: module.weight.detach().clone() for name, module in model.named_modules() if "c_" in name}
+    for report in quantize_model(model, METHODS[method], 16):
+        weight, layer = originals[report.name], model.get_submodule(report.name)
+        error = kernels.dequantize(layer.weight, torch.float32).double() - weight.double()
+        assert report.weights == weight.numel() and report.kind == report.name[4:]
+        assert report.mean_absolute_error == pytest.approx(error.abs().mean().item(), rel=1e-4)
+        assert report.relative_error == pytest.approx((error.norm() / weight.double().norm()).item(), rel=1e-4)
+        stored = [tensor.numel() * tensor.element_size() for tensor in layer.weight]
+        assert report.stored_bytes == sum(stored) + 4 * weight.shape[1]
+        zeros = kernels.unpack(layer.qzeros.t(), weight.shape[0])
+        assert (zeros == 8).all() == (method in SYMMETRIC)
+
+
+def test_int4_layer_computes_what_the_linear_layer_with_its_weight_does():
+    linear = torch.nn.Linear(64, 24)
+    layer = Int4Linear(kernels.quantize(linear.weight.detach(), 32), linear.bias.detach())
+    x = torch.randn(2, 5, 64)
+    expected = torch.nn.functional.linear(x, kernels.dequantize(layer.weight, torch.float32), linear.bias)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_better_methods_lose_less_on_the_trained_model():
+    """On the demo's real weights: mse beats minmax, smaller groups beat larger ones."""
+    errors = {}
+    for method, group_size in [("absmax", 128), ("minmax", 128), ("mse", 128), ("mse", 32), ("mse", WHOLE_ROW)]:
+        model = checkpoint.load(checkpoint.DEMO_FOLDER, torch.float32)
+        reports = list(quantize_model(model, METHODS[method], group_size))
+        errors[method, group_size] = sum(report.relative_error for report in reports)
+    assert errors["mse", 128] < errors["minmax", 128] < errors["absmax", 128]
+    assert errors["mse", 32] < errors["mse", 128] < errors["mse", WHOLE_ROW]
+
+
+def test_group_sizes_that_do_not_fit_are_named_with_those_that_do(model):
+    with pytest.raises(UserError, match="--group-size 32 .*in_features 48 and 192; possible: 16, 48, row"):
+        quantize_model(model, METHODS["mse"], 32)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named_before_anything_changes(model, value):
+    model.h[1].mlp.c_fc.weight.data[3, 4] = value
+    with pytest.raises(UserError, match="h.1.mlp.c_fc"):
+        quantize_model(model, METHODS["mse"], 16)
+    assert not any(isinstance(module, Int4Linear) for module in model.modules())

@@ -1,0 +1,61 @@
+"""The directions in which imports may run: scripts -> minigpt -> kernels, and no further than the house allows."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+PUBLIC_KERNELS = "kernels"
+
+
+def imports(path):
+    """All modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files(folder):
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", files("kernels"), ids=lambda p: p.name)
+def test_kernels_know_torch_and_triton_only(path):
+    allowed = {"torch", "triton", "kernels"}
+    import sys
+
+    for name in imports(path):
+        assert name.split(".")[0] in allowed | sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("path", files("kernels"), ids=lambda p: p.name)
+def test_lessons_import_only_the_reference_and_the_harness(path):
+    if path.name in ("k00_reference.py", "common.py"):
+        assert not any(name.startswith("kernels.k0") for name in imports(path))
+    elif path.name.startswith("k"):
+        for name in imports(path):
+            if name.startswith("kernels"):
+                assert name.startswith(("kernels.k00_reference", "kernels.common")) or name == "kernels", name
+
+
+@pytest.mark.parametrize("path", files("minigpt"), ids=lambda p: p.name)
+def test_only_quantization_imports_kernels_and_by_its_public_names(path):
+    import kernels
+
+    used = [name for name in imports(path) if name.split(".")[0] == "kernels"]
+    if path.parent.name != "quantization":
+        assert not used
+    assert set(used) <= {"kernels", *(f"kernels.{name}" for name in kernels.__all__)}
+
+
+def test_the_model_knows_nothing_of_quantization():
+    assert not any("quantization" in name for name in imports(ROOT / "minigpt" / "model.py"))
+
+
+@pytest.mark.parametrize("path", [*files("kernels"), *files("minigpt")], ids=lambda p: p.name)
+def test_nothing_below_imports_a_script(path):
+    scripts = {"quantize", "eval", "train"}
+    assert not scripts & {name.split(".")[0] for name in imports(path)}

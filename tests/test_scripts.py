@@ -1,0 +1,204 @@
+"""The commands that users type, as they type them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT
+
+from minigpt import checkpoint
+from minigpt.config import GPTConfig
+from minigpt.model import GPT
+
+ROW_FIELDS = {
+    "weights": str,
+    "bits_per_weight": float,
+    "bytes": int,
+    "perplexity": float,
+    "tokens_scored": int,
+    "prefill_tokens_per_second": float,
+    "decode_tokens_per_second": float,
+    "peak_memory_bytes": int,
+    "device": str,
+}
+
+
+def run(folder, script, *arguments, **environment):
+    """Runs a script of the project in `folder`."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment})
+
+
+def must_work(result):
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def must_fail(result, message):
+    """Exit status 2, and one line that says why."""
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert message in result.stderr.strip().splitlines()[-1], result.stderr
+
+
+@pytest.fixture(scope="module")
+def short_text(tmp_path_factory):
+    """A few thousand tokens of the demo's test text, to keep these tests short."""
+    from minigpt import data
+
+    path = tmp_path_factory.mktemp("text") / "short.txt"
+    path.write_text(data.load_text("demo")[:12000])
+    return path
+
+
+def test_quantize_then_eval_the_demo(tmp_path, short_text):
+    output = must_work(run(tmp_path, "quantize.py", "demo"))
+    assert "mlp.c_proj" in output and "checkpoints/demo-int4" in output and "python eval.py demo" in output
+    table = must_work(run(tmp_path, "eval.py", "demo", "--dataset", short_text, "--json", "out.json"))
+    assert "perplexity" in table and "windows of 512, stride 512" in table
+    content = json.loads((tmp_path / "out.json").read_text())
+    fp16, int4 = content["rows"]
+    for row in (fp16, int4):
+        assert {name: type(value) for name, value in row.items()} == ROW_FIELDS
+        assert row["tokens_scored"] == content["protocol"]["tokens"] - -(-content["protocol"]["tokens"] // 512)
+    assert fp16["weights"] == "fp16" and fp16["bits_per_weight"] == 16
+    assert 4.2 < int4["bits_per_weight"] < 4.5
+    assert int4["bytes"] == (tmp_path / "checkpoints" / "demo-int4" / "model.safetensors").stat().st_size
+    # Trained: far better than guessing among 4096 tokens. And int4 costs a few percent, not more.
+    assert fp16["perplexity"] < 100
+    assert 0.99 < int4["perplexity"] / fp16["perplexity"] < 1.06
+
+
+def test_several_quantized_checkpoints(tmp_path, short_text):
+    for method, group_size in [("absmax", "row"), ("mse", "32")]:
+        must_work(run(tmp_path, "quantize.py", "demo", "--method", method, "--group-size", group_size,
+                      "--output", tmp_path / method))  # fmt: skip
+    must_work(
+        run(tmp_path, "eval.py", "demo", "--quantized", "absmax", "mse", "--dataset", short_text, "--json", "out.json",
+            "--context-length", 256, "--stride", 128)
+    )  # fmt: skip
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["protocol"]["context_length"] == 256 and content["protocol"]["stride"] == 128
+    fp16, row, small = content["rows"]
+    assert fp16["perplexity"] < small["perplexity"] < row["perplexity"]
+
+
+def test_a_gpt2_saved_by_transformers_on_raw_wikitext(tmp_path, text_folder):
+    """A GPT-2-shaped checkpoint from elsewhere, GPT-2's tokens, a raw WikiText file."""
+    config = transformers.GPT2Config(n_positions=64, n_embd=48, n_layer=2, n_head=3)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "mine")
+    raw = tmp_path / "wiki.raw"
+    raw.write_text("\n".join((text_folder / "wikitext-2" / "wiki.test.raw").read_text().split("\n")[:40]))
+    must_work(run(tmp_path, "quantize.py", "mine", "--group-size", "48"))
+    table = must_work(run(tmp_path, "eval.py", "mine", "--dataset", raw, "--json", "out.json"))
+    assert "mine-int4" in table
+    fp16, int4 = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert fp16["perplexity"] == pytest.approx(50257, rel=0.3)  # it is untrained
+    assert int4["tokens_scored"] == fp16["tokens_scored"] > 1000
+
+
+def test_default_dataset_is_wikitext_2(tmp_path, text_folder):
+    """Seen by asking for it where it is missing; what is in it, test_data.py counts."""
+    model = GPT(GPTConfig(n_positions=64, n_embd=16, n_layer=1, n_head=2))
+    checkpoint.save(model, tmp_path / "tiny")
+    must_work(run(tmp_path, "quantize.py", "tiny", "--group-size", "16"))
+    (tmp_path / "data" / "tiktoken").mkdir(parents=True)
+    for file in (text_folder / "tiktoken").iterdir():
+        (tmp_path / "data" / "tiktoken" / file.name).write_bytes(file.read_bytes())
+    result = run(tmp_path, "eval.py", "tiny", MINIGPT_DATA=str(tmp_path / "data"))
+    must_fail(result, "wikitext-2/wiki.test.raw: no such file")
+
+
+def test_demo_is_better_than_an_untrained_model_and_than_bigrams():
+    """The numbers beside the demo's own in its README."""
+    from minigpt import baselines
+
+    assert baselines.bigram_perplexity(torch.tensor([0, 1] * 50), torch.tensor([0, 1] * 50), 2) < 1.2
+    record = json.loads((checkpoint.DEMO_FOLDER / "training.json").read_text())
+    validation = min(loss["validation"] for loss in record["losses"])
+    assert validation < 3.2  # nats a token; the bigram model is above 4
+
+
+class TestErrors:
+    def test_of_quantize(self, tmp_path):
+        must_fail(run(tmp_path, "quantize.py", "gpt9"), "unknown model 'gpt9'")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--group-size", "96"), "possible: 16, 32, 64, 128, 256, row")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--group-size", "ten"), "--group-size")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--method", "magic"), "absmax")
+        (tmp_path / "file").write_text("")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--output", "file"), "is a file")
+        must_fail(run(tmp_path, "quantize.py", "file"), "not a whole safetensors file")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+    def test_of_eval(self, tmp_path, short_text):
+        must_fail(run(tmp_path, "eval.py", "demo"), "python quantize.py demo")
+        must_fail(run(tmp_path, "eval.py", "demo", "--quantized", "nowhere"), "--quantized nowhere")
+        must_work(run(tmp_path, "quantize.py", "demo"))
+        must_fail(run(tmp_path, "eval.py", "demo", "--dataset", "nothing.txt"), "unknown dataset 'nothing.txt'")
+        (tmp_path / "empty.txt").write_text("")
+        must_fail(run(tmp_path, "eval.py", "demo", "--dataset", "empty.txt"), "is empty")
+        text = ("--dataset", short_text)
+        must_fail(run(tmp_path, "eval.py", "demo", *text, "--context-length", "1000"), "from 2 to 512")
+        must_fail(run(tmp_path, "eval.py", "demo", *text, "--stride", "0"), "--stride is 0")
+        must_fail(run(tmp_path, "eval.py", "demo", *text, "--batch-size", "0"), "--batch-size is 0")
+        must_fail(run(tmp_path, "eval.py", "demo", *text, "--json", "no/such/out.json"), "no folder no/such")
+        must_fail(
+            run(tmp_path, "eval.py", "checkpoints/demo-int4", *text, "--quantized", "checkpoints/demo-int4"), "int4"
+        )
+        must_fail(run(tmp_path, "eval.py", "demo", *text, "--device", "cuda:99"), "--device cuda:99")
+
+    def test_of_generate(self, tmp_path):
+        result = run(ROOT, "minigpt/generate.py", "--model", "gpt9", "hello", PYTHONPATH=str(ROOT))
+        must_fail(result, "unknown model 'gpt9'")
+
+    def test_full_disk(self, tmp_path, short_text):
+        """/dev/full takes nothing: as good as a disk without space."""
+        result = run(tmp_path, "eval.py", "demo", "--quantized", checkpoint.DEMO_FOLDER, "--dataset", short_text,
+                     "--json", "/dev/full")  # fmt: skip
+        must_fail(result, "No space left on device")
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals")
+    def test_interrupt(self, tmp_path):
+        """Ctrl-C: status 130, one line, nothing half-written."""
+        command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--output", "out"]
+        listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job may not by itself
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
+        deadline = time.monotonic() + 60
+        read = ""
+        while "step" not in read and time.monotonic() < deadline:
+            read += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        _, rest = process.communicate(timeout=60)
+        assert process.returncode == 130, rest
+        assert rest.strip().splitlines()[-1] == "error: interrupted" and "Traceback" not in rest
+        assert not list(tmp_path.iterdir())
+
+
+class TestTrain:
+    def test_a_model_learns_its_text(self, tmp_path):
+        """A short text, seen often: the loss falls far under that of guessing, and what is saved evaluates."""
+        (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 4000)
+        output = must_work(run(tmp_path, "train.py", "--preset", "tiny", "--dataset", "text.txt", "--steps", "60",
+                               "--batch-size", "8", "--warmup", "5",
+                               "--eval-every", "20", "--output", "out"))  # fmt: skip
+        record = json.loads((tmp_path / "out" / "training.json").read_text())
+        assert [loss["step"] for loss in record["losses"]] == [20, 40, 60]
+        assert record["losses"][-1]["validation"] < 4 < record["losses"][0]["validation"] + 2
+        assert "--steps 60" in record["command"] and record["settings"]["seed"] == 0
+        assert "a sample:" in output
+        loaded = checkpoint.load(tmp_path / "out", torch.float32)
+        assert loaded.config.n_embd == 128
+        must_work(run(tmp_path, "quantize.py", "out"))
+
+    def test_errors(self, tmp_path):
+        (tmp_path / "short.txt").write_text("too short")
+        must_fail(run(tmp_path, "train.py", "--dataset", "short.txt"), "fewer than a window")
+        must_fail(run(tmp_path, "train.py", "--steps", "0"), "--steps is 0")
+        must_fail(run(tmp_path, "train.py", "--preset", "huge"), "gpt2-xl")
+        assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
