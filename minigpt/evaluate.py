@@ -6,6 +6,8 @@ the window. With stride = context length the windows do not overlap, the cheapes
 window's first tokens have little to go by. Sums are float64.
 """
 
+import ctypes
+import gc
 import math
 import statistics
 import sys
@@ -149,10 +151,14 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        gc.collect()  # what is no longer used should not count, nor be reused unseen
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         elif sys.platform == "linux":
+            libc = ctypes.CDLL(None)
+            if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory for later, unless told to give it back
+                libc.malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
 
     def read(self) -> int | None:
