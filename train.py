@@ -103,9 +103,10 @@ def validation_loss(model: torch.nn.Module, tokens: Tensor, length: int, args: a
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     model.eval()
     with precision(args.device):
-        losses = [loss_of(model, batch).item() for batch in windows.split(args.batch_size)[:64]]
+        batches = windows.split(args.batch_size)[:64]
+        nats = sum(loss_of(model, batch).item() * len(batch) for batch in batches)
     model.train()
-    return sum(losses) / len(losses)
+    return nats / sum(len(batch) for batch in batches)
 
 
 def precision(device: str) -> contextlib.AbstractContextManager[None]:

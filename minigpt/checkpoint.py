@@ -91,7 +91,9 @@ def _download(model: str) -> Path:
 
 def default_int4_folder(model: str) -> Path:
     """Where quantize.py writes, and eval.py looks, unless told otherwise: checkpoints/MODEL-int4."""
-    return Path("checkpoints") / f"{Path(model).resolve().stem if Path(model).exists() else model}-int4"
+    path = Path(model).resolve()
+    name = model if model in PRETRAINED else path.stem if path.is_file() else path.name
+    return Path("checkpoints") / f"{name}-int4"
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -117,7 +119,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
         raise UserError(f"{path}: n_layer is {config.n_layer} in config.json, but the file has fewer blocks")
     with torch.device("meta"):  # shapes only: the file's own tensors take the parameters' places
         model = GPT(config)
-    if "quantization_config" in fields:
+    if fields.get("quantization_config") is not None:
         try:
             gptq_format.install_empty_layers(model, tensors, fields["quantization_config"])
         except UserError as error:
@@ -176,10 +178,10 @@ def weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            names = {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{index}: not an index of safetensors files") from error
-        return [path / Path(name).name for name in sorted(names)]
+        return [path / name for name in sorted(names)]
     if not (path / "model.safetensors").exists():
         raise UserError(f"{path}: no model.safetensors in this folder")
     return [path / "model.safetensors"]

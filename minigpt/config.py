@@ -49,6 +49,8 @@ class GPTConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise UserError(f"config: {name} is {value!r}, it must be a whole number of at least 1")
+        if not isinstance(self.layer_norm_epsilon, float):
+            raise UserError(f"config: layer_norm_epsilon is {self.layer_norm_epsilon!r}, it must be a number like 1e-5")
         if self.n_embd % self.n_head:
             raise UserError(f"config: n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
 

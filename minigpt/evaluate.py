@@ -40,8 +40,9 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats / tokens_scored)."""
-        return math.exp(self.nats / self.tokens_scored)
+        """exp(nats / tokens_scored); infinite where that is more than a float holds."""
+        mean = self.nats / self.tokens_scored
+        return math.exp(mean) if mean < 700 or math.isnan(mean) else math.inf
 
 
 def windows(n_tokens: int, context_length: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -4,6 +4,7 @@ python -m minigpt.generate [--model demo] [--max-new-tokens 100] [--temperature 
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 
 import torch
@@ -57,8 +58,14 @@ def generate(
         int64 [B, 1], the next token of each sequence.
 
     Raises:
-        UserError: an empty prompt, or one that leaves no room for max_new_tokens.
+        UserError: an empty prompt, one that leaves no room for max_new_tokens, or a number out of range.
     """
+    if max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens is {max_new_tokens}, it must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature is {temperature}, it must be 0 or more")
+    if top_k is not None and top_k < 1:
+        raise UserError(f"--top-k is {top_k}, it must be at least 1")
     batch_size, length = prompt.shape
     limit = model.config.n_positions
     if length == 0:

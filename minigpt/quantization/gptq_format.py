@@ -55,7 +55,7 @@ def install_empty_layers(model: GPT, tensors: dict[str, Tensor], settings: dict[
         if f"{name}.qweight" not in tensors:
             continue
         group_size = settings.get("group_size", WHOLE_ROW)
-        if group_size not in (*group_sizes(layer.in_features), WHOLE_ROW):
+        if type(group_size) is not int or group_size not in (*group_sizes(layer.in_features), WHOLE_ROW):
             raise UserError(f"group_size {group_size!r} does not fit {name}, whose in_features is {layer.in_features}")
         groups = layer.in_features // layer_group_size(layer.in_features, group_size)
         with torch.device("meta"):

@@ -232,6 +232,7 @@ class TestBrokenFiles:
             ({"tie_word_embeddings": False}, "tie_word_embeddings"),
             ({"n_head": 5}, "n_embd 48 is no multiple of n_head 5"),
             ({"n_layer": "many"}, "n_layer is 'many'"),
+            ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small'"),
             ({"n_layer": 10**9}, "fewer blocks"),
             ({"n_layer": 1}, "no tensor of a GPT-2 with 1 blocks"),
             ({"n_embd": 96}, r"shape \[71, 48\], not \[71, 96\]"),
@@ -279,6 +280,7 @@ class TestBrokenFiles:
             ({"quant_method": "awq"}, "only 4-bit gptq"),
             ({"group_size": 32}, "group_size 32 does not fit h.0.attn.c_attn, whose in_features is 48"),
             ({"group_size": "x"}, "group_size 'x'"),
+            ({"group_size": 16.0}, "group_size 16.0"),
             ({"group_size": 48}, "g_idx does not count up in groups of 48"),
         ],
     )
@@ -319,6 +321,21 @@ class TestSaving:
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match="is a file"):
             checkpoint.check_output(tmp_path / "file")
+
+
+def test_broken_index(reference_folder):
+    for content in ("[]", "{", '{"weight_map": {"a": 1}}'):
+        (reference_folder / "model.safetensors.index.json").write_text(content)
+        fail_to_load(reference_folder, "not an index of safetensors files")
+
+
+def test_default_output(tmp_path, monkeypatch):
+    """Named after the model: a known name, a folder's whole name, a file's without its ending."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine-v1.5").mkdir()
+    (tmp_path / "mine-v1.5" / "weights.safetensors").write_text("")
+    for model, name in [("gpt2", "gpt2"), ("mine-v1.5/", "mine-v1.5"), ("mine-v1.5/weights.safetensors", "weights")]:
+        assert checkpoint.default_int4_folder(model).as_posix() == f"checkpoints/{name}-int4"
 
 
 def test_resolve():

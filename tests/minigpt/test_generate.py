@@ -49,4 +49,13 @@ def test_what_does_not_fit_is_said(model):
         next(generate(model, torch.zeros((1, 0), dtype=torch.int64), 3))
     with pytest.raises(UserError, match="10 tokens and 7 new ones exceed the model's 16"):
         next(generate(model, torch.zeros((1, 10), dtype=torch.int64), 7))
+    for options, message in [
+        ({"temperature": -1.0}, "--temperature is -1.0"),
+        ({"temperature": float("nan")}, "--temperature is nan"),
+        ({"temperature": 1.0, "top_k": 0}, "--top-k is 0"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            next(generate(model, torch.zeros((1, 3), dtype=torch.int64), 2, **options))
+    with pytest.raises(UserError, match="--max-new-tokens is -1"):
+        next(generate(model, torch.zeros((1, 3), dtype=torch.int64), -1))
     assert len(list(generate(model, torch.zeros((1, 10), dtype=torch.int64), 6))) == 6
