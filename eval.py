@@ -98,6 +98,8 @@ def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: ar
     model = load_fp16(path, args.device)
     bits = bits_per_weight(model)
     weights = "fp16" if bits == 16.0 else f"int4 {path}"
+    if dataclasses.asdict(model.config) != protocol["shape"]:
+        raise UserError(f"--quantized {path} has another shape than {args.model}: it was made from another model")
     score = evaluate.perplexity(
         model, tokens, protocol["context_length"], protocol["stride"], args.batch_size, f"{weights}: perplexity"
     )
@@ -122,6 +124,7 @@ def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[s
     prompt = max(1, min(32, n_tokens, model.config.n_positions // 4))
     return {
         "model": args.model,
+        "shape": dataclasses.asdict(model.config),
         "dataset": args.dataset,
         "tokens": n_tokens,
         "context_length": context_length,

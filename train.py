@@ -59,6 +59,11 @@ def parse_args() -> argparse.Namespace:
     for name in ("steps", "batch_size", "accumulate", "eval_every"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    if not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout is {args.dropout}, it must be at least 0 and less than 1")
+    for name in ("learning_rate", "weight_decay", "clip", "warmup"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be 0 or more")
     args.output = args.output or Path("checkpoints") / f"{args.preset}-trained"
     checkpoint.check_output(args.output)
     return args
@@ -193,6 +198,8 @@ def main() -> None:
             bar.set_postfix_str(f"loss {train_loss:.3f}, validation {best:.3f}, {rate_seen:,.0f} tokens/s")
         if step % args.eval_every == args.eval_every - 1 or last:
             validation = validation_loss(stepped, validation_tokens, window, args)
+            if not math.isfinite(validation):
+                raise UserError(f"the validation loss became {validation}: try a lower --learning-rate")
             losses.append({"step": step + 1, "train": round(train_loss, 4), "validation": round(validation, 4)})
             if validation < best:
                 best = validation

@@ -107,6 +107,7 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float16) -> T
     """
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype is {dtype}, it must be float16, bfloat16 or float32")
+    weight = QuantizedWeight(*(tensor.contiguous() for tensor in weight))
     n, k = weight.out_features, weight.in_features
     w = torch.empty((n, k), dtype=dtype, device=weight.qweight.device)
     options = launch_options(weight.group_size)

@@ -125,6 +125,7 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"x is {x.dtype}, it must be float16 or bfloat16")
     x_2d = x.reshape(-1, k).contiguous()
+    weight = QuantizedWeight(*(tensor.contiguous() for tensor in weight))
     m = x_2d.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     options = launch_options(m, weight.group_size)

@@ -41,6 +41,7 @@ HUB_REVISIONS = {
     "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
 }
 
+INDEX_FILE = "model.safetensors.index.json"  # of a checkpoint whose tensors come in several files
 PRETRAINED = (*HUB_REVISIONS, "demo")  # the models that are known by name
 
 # Linear weights, [in_features, out_features] in a file and [out_features, in_features] in the model.
@@ -155,7 +156,7 @@ def _read_config(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if file.exists():
         try:
             fields = json.loads(file.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not JSON ({error})") from error
         if not isinstance(fields, dict):
             raise UserError(f"{file}: not a JSON object")
@@ -175,11 +176,11 @@ def weight_files(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    index = path / "model.safetensors.index.json"
+    index = path / INDEX_FILE
     if index.exists():
         try:
             names = {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{index}: not an index of safetensors files") from error
         return [path / name for name in sorted(names)]
     if not (path / "model.safetensors").exists():
@@ -247,19 +248,21 @@ def replace_files(folder: Path) -> Iterator[Path]:
 
     So a full disk or Ctrl-C while writing leaves what was in `folder` before.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.tmp-", dir=folder.parent))
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))  # inside: moving must not cross file systems
     try:
         yield temporary
-        folder.mkdir(exist_ok=True)
-        for name in (TOKENIZER_FILE, "model.safetensors", "config.json"):
-            if (temporary / name).exists():
-                (temporary / name).chmod(0o644)
-                (temporary / name).replace(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)  # an earlier checkpoint's
+        written = sorted(temporary.iterdir())
+        for file in written:
+            file.chmod(0o644)
+            file.replace(folder / file.name)
+        for name in {TOKENIZER_FILE, INDEX_FILE} - {file.name for file in written}:
+            (folder / name).unlink(missing_ok=True)  # an earlier checkpoint's
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def check_output(folder: Path) -> None:

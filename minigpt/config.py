@@ -47,9 +47,9 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise UserError(f"config: {name} is {value!r}, it must be a whole number of at least 1")
-        if not isinstance(self.layer_norm_epsilon, float):
+            if type(value) is not int or not 1 <= value < 2**24:
+                raise UserError(f"config: {name} is {value!r}, it must be a whole number from 1 to 2^24")
+        if type(self.layer_norm_epsilon) not in (int, float) or not 0 <= self.layer_norm_epsilon < 1:
             raise UserError(f"config: layer_norm_epsilon is {self.layer_norm_epsilon!r}, it must be a number like 1e-5")
         if self.n_embd % self.n_head:
             raise UserError(f"config: n_embd {self.n_embd} is no multiple of n_head {self.n_head}")
@@ -84,13 +84,15 @@ class GPTConfig:
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
-            "n_inner": (None, 4 * fields.get("n_embd", cls.n_embd)),
         }
         for name, allowed in required.items():
             if name in fields and fields[name] not in allowed:
                 raise UserError(f"config: {name} is {fields[name]!r}, only {allowed[-1]!r} is supported")
         names = {field.name for field in dataclasses.fields(cls)} - {"dropout"}
-        return cls(**{name: value for name, value in fields.items() if name in names})
+        config = cls(**{name: value for name, value in fields.items() if name in names})
+        if fields.get("n_inner") not in (None, 4 * config.n_embd):
+            raise UserError(f"config: n_inner is {fields['n_inner']!r}, only 4 * n_embd is supported")
+        return config
 
 
 PRESETS: dict[str, GPTConfig] = {

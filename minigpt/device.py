@@ -17,7 +17,11 @@ def add_device_argument(parser: argparse.ArgumentParser) -> None:
 def check_device(name: str) -> str:
     """Returns `name`; raises UserError unless it is a device that can be used here."""
     try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=name)
+        if torch.device(name).index is not None and name.startswith("cuda"):
+            torch.cuda.set_device(name)  # Triton launches on the current device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"--device {name} cannot be used here ({reason}); use cpu or leave it out") from None

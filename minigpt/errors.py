@@ -28,6 +28,10 @@ def run_script(main: Callable[[], None]) -> None:
         _exit("out of GPU memory: a smaller --batch-size or --context-length, or --device cpu", 2)
     except MemoryError:
         _exit("out of memory", 2)
+    except RuntimeError as error:  # torch's way of saying so on a CPU
+        if "can't allocate memory" not in str(error):
+            raise
+        _exit("out of memory", 2)
     except OSError as error:  # the disk is full, a folder is not writable
         where = f"{error.filename}: " if error.filename else ""
         _exit(f"{where}{error.strerror or error}", 2)

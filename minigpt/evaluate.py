@@ -6,6 +6,7 @@ the window. With stride = context length the windows do not overlap, the cheapes
 window's first tokens have little to go by. Sums are float64.
 """
 
+import contextlib
 import ctypes
 import gc
 import math
@@ -160,7 +161,8 @@ class PeakMemory:
             libc = ctypes.CDLL(None)
             if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory for later, unless told to give it back
                 libc.malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+            with contextlib.suppress(OSError):  # where /proc is read-only, what came before counts as well
+                Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
 
     def read(self) -> int | None:
         """The most bytes in use at once so far; None where the system does not tell."""
@@ -169,4 +171,4 @@ class PeakMemory:
         if sys.platform != "linux":
             return None
         fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
+        return int(fields["VmHWM"].split()[0]) * 1024 if "VmHWM" in fields else None

@@ -53,6 +53,8 @@ def layer_group_size(in_features: int, group_size: int) -> int:
 def check_fits(model: GPT, group_size: int) -> None:
     """Raises UserError if groups of `group_size` do not fit every linear layer, listing the sizes that do."""
     widths = {layer.in_features for _, layer in block_linears(model)}
+    if not widths:
+        raise UserError("this model is int4 already; quantize the fp checkpoint it was made from")
     allowed = sorted(set.intersection(*(set(group_sizes(width)) for width in widths)))
     if group_size not in (*allowed, WHOLE_ROW):
         raise UserError(

@@ -51,6 +51,9 @@ def install_empty_layers(model: GPT, tensors: dict[str, Tensor], settings: dict[
     """
     if not isinstance(settings, dict) or settings.get("quant_method") != "gptq" or settings.get("bits") != 4:
         raise UserError(f"quantization_config is {settings}; only 4-bit gptq can be loaded")
+    version = settings.get("checkpoint_format", "gptq")
+    if version not in ("gptq", "gptq_v2"):
+        raise UserError(f"checkpoint_format is {version!r}; only 'gptq' and 'gptq_v2' can be loaded")
     for name, layer in list(block_linears(model)):
         if f"{name}.qweight" not in tensors:
             continue
@@ -71,7 +74,7 @@ def install_empty_layers(model: GPT, tensors: dict[str, Tensor], settings: dict[
                 f"{name}.g_idx does not count up in groups of {weight.group_size}; desc_act is not supported"
             )
         qzeros = tensors.get(f"{name}.qzeros")
-        if qzeros is not None and settings.get("checkpoint_format", "gptq") == "gptq":
+        if qzeros is not None and version == "gptq":
             tensors[f"{name}.qzeros"] = _add_one(qzeros)
         model.set_submodule(name, Int4Linear(weight, bias))
 

@@ -110,6 +110,17 @@ def test_w4a16_with_more_tokens(canary, m):
     assert common.relative_error(out.view(m, 130), reference) < common.tolerance(torch.float16)
 
 
+def test_a_part_of_a_weight():
+    """Slices are not contiguous; the kernels must not read them as if they were."""
+    whole = quantize_reference(random_weight(48, 64), 32)
+    part = type(whole)(whole.qweight[:, :24], whole.scales[:, :24], whole.qzeros[:, :3])
+    weight = dequantize_reference(whole, torch.float32)[:24]
+    assert torch.equal(k02_dequantize.dequantize(part, torch.float32), weight)
+    x = random_weight(3, 64, torch.float16)
+    error = common.relative_error(k04_w4a16.matmul(x, part), x.double() @ weight.double().t())
+    assert error < common.tolerance(torch.float16)
+
+
 def test_launchers_name_what_does_not_fit():
     packed = quantize_reference(random_weight(8, 64), 32)
     with pytest.raises(ValueError, match="in_features 64"):

@@ -233,7 +233,9 @@ class TestBrokenFiles:
             ({"n_head": 5}, "n_embd 48 is no multiple of n_head 5"),
             ({"n_layer": "many"}, "n_layer is 'many'"),
             ({"layer_norm_epsilon": "small"}, "layer_norm_epsilon is 'small'"),
-            ({"n_layer": 10**9}, "fewer blocks"),
+            ({"n_layer": 10**9}, "n_layer is 1000000000, it must be"),
+            ({"n_layer": 3}, "fewer blocks"),
+            ({"n_embd": None}, "n_embd is None"),
             ({"n_layer": 1}, "no tensor of a GPT-2 with 1 blocks"),
             ({"n_embd": 96}, r"shape \[71, 48\], not \[71, 96\]"),
         ],
@@ -309,6 +311,11 @@ class TestSaving:
         (tmp_path / "notes.txt").write_text("mine")
         checkpoint.save(model, tmp_path)
         assert (tmp_path / "notes.txt").read_text() == "mine"
+
+    def test_an_index_of_an_earlier_checkpoint_goes_away(self, model, tmp_path):
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "old.safetensors"}}')
+        checkpoint.save(model, tmp_path)
+        assert torch.equal(checkpoint.load(tmp_path, torch.float32)(TOKENS), model(TOKENS))
 
     def test_a_tokenizer_goes_along_and_an_old_one_goes_away(self, model, tmp_path):
         tokenizer = checkpoint.DEMO_FOLDER / "tokenizer.tiktoken"

@@ -69,6 +69,12 @@ def test_group_sizes_that_do_not_fit_are_named_with_those_that_do(model):
         quantize_model(model, METHODS["mse"], 32)
 
 
+def test_a_model_that_is_int4_already(model):
+    list(quantize_model(model, METHODS["mse"], 16))
+    with pytest.raises(UserError, match="int4 already"):
+        quantize_model(model, METHODS["mse"], 16)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_named_before_anything_changes(model, value):
     model.h[1].mlp.c_fc.weight.data[3, 4] = value
