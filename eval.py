@@ -11,7 +11,6 @@ One table, a row for FP16 and one for each int4 checkpoint, all measured in the 
 import argparse
 import dataclasses
 import datetime
-import json
 import platform
 import shlex
 import sys
@@ -23,10 +22,12 @@ import torch
 from minigpt import checkpoint, data, evaluate
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
 from minigpt.errors import UserError, run_script
+from minigpt.files import check_file, write_json
 from minigpt.model import GPT
+from minigpt.quantization.convert import block_linears
 from minigpt.quantization.linear import Int4Linear
 from minigpt.table import format_bytes, format_table
-from minigpt.tokenizer import tokenizer_for
+from minigpt.tokenizer import encode, tokenizer_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +69,8 @@ def parse_args() -> argparse.Namespace:
     args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
-    if args.json and not args.json.parent.is_dir():
-        raise UserError(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json:
+        check_file("--json", args.json)
     if args.quantized is None:
         args.quantized = [checkpoint.default_int4_folder(args.model)]
         if not args.quantized[0].exists():
@@ -86,10 +87,11 @@ def load_fp16(path: Path, device: str) -> GPT:
 
 
 def bits_per_weight(model: GPT) -> float:
-    """Bits stored for a weight of the blocks' linear layers: 16, or what codes, scales and zeros come to."""
+    """Bits stored for a weight of the blocks' linear layers: codes, scales and zeros of int4 ones, 16 for others."""
     layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
-    weights = sum(layer.weight.in_features * layer.weight.out_features for layer in layers)
-    return 8 * sum(layer.stored_bytes for layer in layers) / weights if layers else 16.0
+    fp16_weights = sum(layer.weight.numel() for _, layer in block_linears(model))
+    weights = fp16_weights + sum(layer.in_features * layer.out_features for layer in layers)
+    return (16 * fp16_weights + 8 * sum(layer.stored_bytes for layer in layers)) / weights
 
 
 def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: argparse.Namespace) -> Row:
@@ -120,6 +122,10 @@ def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: ar
 
 def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[str, Any]:
     """All that one needs to take the same numbers again."""
+    if model.config.n_positions < 4:
+        raise UserError(
+            f"{args.model} reads {model.config.n_positions} tokens; timing it needs n_positions of 4 or more"
+        )
     context_length = model.config.n_positions if args.context_length is None else args.context_length
     prompt = max(1, min(32, n_tokens, model.config.n_positions // 4))
     return {
@@ -192,8 +198,13 @@ def main() -> None:
         raise UserError(
             f"{args.model} is an int4 checkpoint: give the fp one it was made from, and this as --quantized"
         )
+    default = checkpoint.default_int4_folder(args.model)
+    if default in args.quantized and checkpoint.holds_another_model(default, model):  # named alike, or trained since
+        raise UserError(
+            f"{default} was made from another model; make it anew: python quantize.py {args.model} --output {default}"
+        )
     tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), model.config.vocab_size)
-    tokens = torch.tensor(tokenizer.encode_ordinary(data.load_text(args.dataset)), device=args.device)
+    tokens = torch.tensor(encode(tokenizer, data.load_text(args.dataset)), device=args.device)
     protocol = make_protocol(args, model, len(tokens))
     del model
     print(describe_protocol(protocol) + "\n", flush=True)
@@ -201,7 +212,7 @@ def main() -> None:
     print(format_rows(rows))
     if args.json:
         content = {"protocol": protocol, "rows": [dataclasses.asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from minigpt import checkpoint
 from minigpt.device import add_device_argument, check_device
-from minigpt.errors import run_script
+from minigpt.errors import UserError, run_script
 from minigpt.quantization import gptq_format
 from minigpt.quantization.convert import WHOLE_ROW, LayerReport, block_linears, quantize_model
 from minigpt.quantization.rtn import METHODS, SYMMETRIC
@@ -80,7 +80,11 @@ def main() -> None:
     output = args.output or checkpoint.default_int4_folder(args.model)
     checkpoint.check_output(output)
     path = checkpoint.resolve(args.model)
+    if output.exists() and output.samefile(checkpoint.checkpoint_folder(path)):
+        raise UserError(f"--output {output} is the model's own folder, whose weights would be lost; give another")
     model = checkpoint.load(path, torch.float32, args.device)
+    if args.output is None and checkpoint.holds_another_model(output, model):
+        raise UserError(f"{output} holds another model; to replace it, add --output {output}, or give another folder")
     before = 2 * sum(parameter.numel() for parameter in model.parameters())
     steps = quantize_model(model, METHODS[args.method], args.group_size)
     reports = list(

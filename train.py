@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import json
 import math
 import platform
 import shlex
@@ -31,9 +30,10 @@ from minigpt import checkpoint, data
 from minigpt.config import PRESETS
 from minigpt.device import add_device_argument, check_device, describe_device
 from minigpt.errors import UserError, run_script
-from minigpt.generate import generate
+from minigpt.files import write_json
+from minigpt.generate import generate, seed
 from minigpt.model import GPT
-from minigpt.tokenizer import FILE_NAME, gpt2_tokenizer, read_tokenizer
+from minigpt.tokenizer import FILE_NAME, encode, gpt2_tokenizer, read_tokenizer
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=int, default=200, help="steps between validations")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     add_device_argument(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
     args = parser.parse_args()
@@ -82,7 +82,7 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     """Rises linearly over the warm-up, then falls along a cosine to a tenth of the peak at the last step."""
     if step < args.warmup:
         return args.learning_rate * (step + 1) / args.warmup
-    progress = (step - args.warmup) / max(1, args.steps - args.warmup)
+    progress = (step - args.warmup) / max(1, args.steps - 1 - args.warmup)
     return args.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -116,14 +116,16 @@ def validation_loss(model: torch.nn.Module, tokens: Tensor, length: int, args: a
 
 def precision(device: str) -> contextlib.AbstractContextManager[None]:
     """Mixed precision where it pays: matrix products in bfloat16 on a GPU that has it, weights always in float32."""
-    use_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported()
+    use_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast("cuda", torch.bfloat16) if use_bf16 else contextlib.nullcontext()
 
 
-def record(args: argparse.Namespace, model: GPT, n_tokens: int, losses: list[dict[str, float]], seconds: float) -> str:
-    """How the weights came about, as JSON."""
+def record(
+    args: argparse.Namespace, model: GPT, n_tokens: int, losses: list[dict[str, float]], seconds: float
+) -> dict[str, Any]:
+    """How the weights came about, for training.json."""
     settings: dict[str, Any] = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    content = {
+    return {
         "command": "python train.py " + shlex.join(sys.argv[1:]),
         "settings": settings,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -136,7 +138,6 @@ def record(args: argparse.Namespace, model: GPT, n_tokens: int, losses: list[dic
         "date": datetime.date.today().isoformat(),
         "losses": losses,
     }
-    return json.dumps(content, indent=1) + "\n"
 
 
 def main() -> None:
@@ -149,8 +150,8 @@ def main() -> None:
     tokenizer_file = checkpoint.DEMO_FOLDER / FILE_NAME if args.preset in ("tiny", "demo") else None
     tokenizer = read_tokenizer(tokenizer_file) if tokenizer_file else gpt2_tokenizer()
     train_text, validation_text = load_splits(args.dataset)
-    train_tokens = torch.tensor(tokenizer.encode_ordinary(train_text), device=args.device)
-    validation_tokens = torch.tensor(tokenizer.encode_ordinary(validation_text), device=args.device)
+    train_tokens = torch.tensor(encode(tokenizer, train_text), device=args.device)
+    validation_tokens = torch.tensor(encode(tokenizer, validation_text), device=args.device)
 
     # Model.
     config = dataclasses.replace(PRESETS[args.preset], dropout=args.dropout)
@@ -205,7 +206,7 @@ def main() -> None:
                 best = validation
                 checkpoint.save(model, args.output, tokenizer_file)
             seconds = time.perf_counter() - start
-            (args.output / "training.json").write_text(record(args, model, len(train_tokens), losses, seconds))
+            write_json(args.output / "training.json", record(args, model, len(train_tokens), losses, seconds))
     bar.close()
 
     model = checkpoint.load(args.output, torch.float32, args.device)

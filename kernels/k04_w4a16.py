@@ -22,13 +22,14 @@ WHO READS WHAT. As in lesson 3, with w's tile [BLOCK_K, BLOCK_N] made from
     scales, zeros [BLOCK_N]                   BLOCK_K divides GROUP_SIZE, so one row of each serves a whole step
 
 MEASURED on an H200 (results/k04_w4a16.json: command, versions, date; 8192 x 8192, group size 64): 81 microseconds at
-M = 1, where fp16 takes 36: 0.45x. At M = 128 0.21x, at M = 2048 0.22x. Predicted: 0.5x at M = 1, as eight loads of a
-word make 268 MB of requests out of 34, twice fp16's; and 0.3x where arithmetic decides.
+M = 1, where fp16 takes 38: 0.46x, and 11% of the roofline. At M = 128 0.21x, at M = 2048 0.22x, 22% of the roofline.
+Predicted: 0.5x at M = 1, as eight loads of a word make 268 MB of requests out of 34, twice fp16's; and 0.3x where
+arithmetic decides.
   Tried and failed: a pointer a weight for scales and zeros as well, which looks just as innocent. 1,334 microseconds
 at M = 1 (results/attempts.json), 0.03x: sixteen times slower than this. Zeros that are neighbours along N share a
 word, so their addresses repeat and cannot be loaded as vectors, but 4 bytes at a time, each a request of its own.
   A surprise: dequantizing the whole weight to memory first (lesson 2, 49 microseconds) and then calling fp16's matmul
-is faster than this kernel from M = 32 on. `kernels.matmul` does so.
+takes as long at 16 tokens, and half as long at 128: 49 + 37 microseconds against 179. Lesson 11 comes back to that.
 
 NEXT. The lessons to come load each word once. EXERCISE. Count the instructions a weight in the loop, and compare
 their time at four a cycle and multiprocessor with what was measured at M = 2048.
@@ -42,7 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import common
-from kernels.k00_reference import QuantizedWeight, dequantize_reference, quantize_reference
+from kernels.k00_reference import QuantizedWeight
 
 
 @triton.jit
@@ -134,45 +135,19 @@ def matmul(x: Tensor, weight: QuantizedWeight) -> Tensor:
     return out.view(*x.shape[:-1], n)
 
 
+def prepare(weight: QuantizedWeight) -> QuantizedWeight:
+    """This lesson reads the file's format as it is."""
+    return weight
+
+
 def check() -> Iterator[common.Check]:
     """The kernel's product against float64, with the same int4 weight."""
-    for m, n, k, group_size in [(1, 40, 256, 64), (17, 33, 384, 96), (70, 130, 320, 320)]:
-        for symmetric in (True, False):
-            packed = quantize_reference(common.random_tensor(n, k, seed=1), group_size, symmetric)
-            w = dequantize_reference(packed, torch.float32).double()
-            for dtype in common.ACTIVATION_DTYPES:
-                x = common.random_tensor(m, k, dtype=dtype, seed=2)
-                error = common.relative_error(matmul(x, packed), x.double() @ w.t())
-                what = f"{m} x {n} x {k}, {group_size=}, {symmetric=}, {dtype}, relative error {error:.1e}"
-                yield what, error < common.tolerance(dtype)
+    return common.check_matmul(matmul, prepare, [(1, 40, 256, 64), (17, 33, 384, 96), (70, 130, 320, 320)])
 
 
 def bench() -> list[common.Row]:
     """Times the shapes of a square 8192-wide layer beside torch's own fp16 matmul."""
-    n = k = 8192
-    weights = [common.random_tensor(n, k, seed=seed) for seed in range(6)]  # 36 MB each in int4: past any L2 cache
-    rows = []
-    for group_size in (64, 128):
-        packed = [quantize_reference(w, group_size) for w in weights]
-        weight_bytes = sum(t.numel() * t.element_size() for t in packed[0])
-        for m in (1, 16, 128, 512, 2048):
-            x = common.random_tensor(m, k, seed=9)
-            time = common.microseconds(matmul, [(x, p) for p in packed])
-            fp16 = common.microseconds(torch.nn.functional.linear, [(x, w) for w in weights])
-            floor = common.floor_microseconds(2 * (m * k + m * n) + weight_bytes, 2 * m * n * k)
-            rows.append(
-                {
-                    "m": m,
-                    "n": n,
-                    "k": k,
-                    "group_size": group_size,
-                    "microseconds": time,
-                    "fp16_microseconds": fp16,
-                    "times_fp16": fp16 / time,
-                    "share_of_roofline": floor / time,
-                }
-            )
-    return rows
+    return common.bench_matmul(matmul, prepare)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@
 """
 
 import argparse
-import json
 import math
 import platform
 from pathlib import Path
@@ -21,9 +20,10 @@ from minigpt import checkpoint, data, evaluate
 from minigpt.config import PRESETS
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device
 from minigpt.errors import run_script
+from minigpt.files import check_file, write_json
 from minigpt.model import GPT
 from minigpt.table import format_table
-from minigpt.tokenizer import FILE_NAME, read_tokenizer
+from minigpt.tokenizer import FILE_NAME, encode, read_tokenizer
 
 MIXING_WEIGHTS = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99]
 
@@ -58,11 +58,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the numbers")
     add_device_argument(parser)
     args = parser.parse_args()
+    if args.json:
+        check_file("--json", args.json)
     dtype = arithmetic_dtype(check_device(args.device))
 
     tokenizer = read_tokenizer(checkpoint.DEMO_FOLDER / FILE_NAME)
     texts = {split: data.standard_library_text(split) for split in ("train", "validation", "test")}
-    tokens = {split: torch.tensor(tokenizer.encode_ordinary(text)) for split, text in texts.items()}
+    tokens = {split: torch.tensor(encode(tokenizer, text)) for split, text in texts.items()}
     config = PRESETS["demo"]
 
     def score(model: GPT, label: str) -> float:
@@ -86,7 +88,7 @@ def main() -> None:
     print(format_table(["model", "perplexity", "bits/byte"], rows))
     if args.json:
         content = {"test_tokens": len(tokens["test"]), "python": platform.python_version(), "perplexity": perplexities}
-        args.json.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)
 
 
 if __name__ == "__main__":

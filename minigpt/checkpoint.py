@@ -13,6 +13,7 @@ nn.Linear; so do our files. A missed transpose goes unnoticed where a layer is s
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ HUB_REVISIONS = {
     "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
 }
 
+CONFIG_KEY = "config.json"  # in the header of the weights we save: the config.json that belongs to them
 INDEX_FILE = "model.safetensors.index.json"  # of a checkpoint whose tensors come in several files
 PRETRAINED = (*HUB_REVISIONS, "demo")  # the models that are known by name
 
@@ -111,7 +113,8 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
         device: where the model goes.
 
     Raises:
-        UserError: a file is missing, truncated or not a GPT-2 checkpoint, or a tensor has the wrong shape or dtype.
+        UserError: a file is missing, truncated or not a GPT-2 checkpoint, or a tensor has the wrong shape or dtype,
+            or values that `dtype` cannot hold.
     """
     tensors = _read_tensors(path)
     fields = _read_config(path, tensors)
@@ -140,6 +143,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
         if tensor.dtype != wanted.dtype if packed else not tensor.is_floating_point():
             raise UserError(f"{path}: {name} is {tensor.dtype}, not {wanted.dtype}")
         state[name] = (tensor if packed else tensor.to(dtype)).contiguous()
+        _check_finite(f"{path}: {name}", tensor, state[name])
     tied = tensors.pop("lm_head.weight", None)
     if tied is not None and not torch.equal(tied.to(dtype), state["wte.weight"]):
         raise UserError(f"{path}: lm_head.weight differs from wte.weight; only tied output layers are supported")
@@ -150,16 +154,29 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     return model.to(device).eval().requires_grad_(False)
 
 
+def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
+    """Raises UserError if `after`, which is `before` in another dtype, has values that are not finite."""
+    if not torch.isfinite(after).all():
+        problem = f"too large for {after.dtype}" if torch.isfinite(before).all() else "NaN or infinite"
+        raise UserError(f"{name} has values that are {problem}")
+
+
 def _read_config(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The fields of config.json; without one, those of the preset whose shapes the tensors have."""
     file = checkpoint_folder(path) / "config.json"
     if file.exists():
         try:
             fields = json.loads(file.read_bytes())
+            saved = json.loads(_metadata(path).get(CONFIG_KEY, "{}"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: not JSON ({error})") from error
         if not isinstance(fields, dict):
             raise UserError(f"{file}: not a JSON object")
+        if saved and saved != fields:
+            raise UserError(
+                f"{file} is not the one that the weights were saved with: two programs saved here at once, one was "
+                "interrupted, or the file was changed; make the checkpoint anew"
+            )
         return fields
     for preset in PRESETS.values():
         embedding = tensors.get("wte.weight")
@@ -193,6 +210,24 @@ def file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
+def holds_another_model(folder: Path, model: GPT) -> bool:
+    """Whether a folder has a checkpoint with other token embeddings than `model`, in fp16: int4 keeps them as they are.
+
+    A folder without a whole checkpoint holds no model.
+    """
+    try:
+        wte = _read_tensors(folder).get("wte.weight", torch.empty(0))
+    except UserError:
+        return False
+    return not torch.equal(wte.to(torch.float16), model.wte.weight.to("cpu", torch.float16))
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """What the header of a checkpoint's first .safetensors file says beside the tensors."""
+    with safe_open(weight_files(path)[0], framework="pt") as opened:
+        return opened.metadata() or {}
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors by the names that our model uses: no `transformer.` prefix, no mask buffers."""
     tensors = {}
@@ -200,8 +235,12 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (not a dict)
-                    if not name.endswith(MASK_BUFFERS):
-                        tensors[name.removeprefix("transformer.")] = opened.get_tensor(name)
+                    if name.endswith(MASK_BUFFERS):
+                        continue
+                    ours = name.removeprefix("transformer.")
+                    if ours in tensors:
+                        raise UserError(f"{file}: tensor {ours} is there twice, maybe with and without `transformer.`")
+                    tensors[ours] = opened.get_tensor(name)
         except FileNotFoundError:
             raise UserError(f"{file}: no such file") from None
         except (SafetensorError, OSError, ValueError) as error:
@@ -212,13 +251,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def save(
     model: GPT, folder: Path, tokenizer_file: Path | None = None, quantization: dict[str, Any] | None = None
 ) -> None:
-    """Writes a checkpoint folder, whole or not at all; a checkpoint that is there already is replaced.
+    """Writes a checkpoint folder; a checkpoint that is there already is replaced.
+
+    What fails while writing leaves the old files. Then the new ones take their places one after another, so an
+    interruption there, or two programs saving at once, may mix two checkpoints: `load` refuses weights beside a
+    config.json that is not theirs. (A tokenizer is not compared.)
 
     Args:
         model: fp or int4. Everything that is not packed is written as fp16.
         folder: where to.
         tokenizer_file: copied beside the weights; a model without one is taken to use GPT-2's tokens.
         quantization: of an int4 model, its `gptq_format.describe`.
+
+    Raises:
+        UserError: a tensor has values that fp16 cannot hold.
     """
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -226,18 +272,19 @@ def save(
             continue
         if name.endswith(TRANSPOSED):
             tensor = tensor.t()
-        if tensor.is_floating_point():
-            tensor = tensor.to(torch.float16)
-        tensors[f"transformer.{name}"] = tensor.cpu().contiguous()
+        stored = tensor.to(torch.float16) if tensor.is_floating_point() else tensor
+        _check_finite(name, tensor, stored)
+        tensors[f"transformer.{name}"] = stored.cpu().contiguous()
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
-            tensors[f"transformer.{name}.g_idx"] = gptq_format.group_index(module.weight)
+            tensors[f"transformer.{name}.g_idx"] = gptq_format.group_index(module)
     fields = model.config.to_dict() | {"dtype": "float16"}
     if quantization:
         fields["quantization_config"] = quantization
+    config = json.dumps(fields, indent=1) + "\n"
     with replace_files(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(fields, indent=1) + "\n")
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        (temporary / "config.json").write_text(config, encoding="utf-8")
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt", CONFIG_KEY: config})
         if tokenizer_file:
             shutil.copyfile(tokenizer_file, temporary / TOKENIZER_FILE)
 
@@ -246,7 +293,7 @@ def save(
 def replace_files(folder: Path) -> Iterator[Path]:
     """Gives an empty folder to write in; its files move into `folder` once the block ends without an error.
 
-    So a full disk or Ctrl-C while writing leaves what was in `folder` before.
+    So a full disk or Ctrl-C while writing leaves what was in `folder` before. The moves themselves are not one step.
     """
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,5 +314,8 @@ def replace_files(folder: Path) -> Iterator[Path]:
 
 def check_output(folder: Path) -> None:
     """Raises UserError if a checkpoint cannot be written to `folder`, before any work is done for it."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file; a checkpoint is a folder")
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output {folder}: {existing} is a file; a checkpoint is a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--output {folder}: no permission to write to {existing}")

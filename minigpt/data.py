@@ -128,7 +128,7 @@ def _read_path(path: Path) -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")  # without the byte order mark that some editors put first
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:

@@ -1,5 +1,6 @@
 """The one error that users see, and the wrapper that shows it in one line."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ def run_script(main: Callable[[], None]) -> None:
 
     Exit status: 2 for a `UserError`, a failing disk or too little memory; 130 for Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     try:
         main()
     except UserError as error:

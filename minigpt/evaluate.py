@@ -125,7 +125,7 @@ def decode_rate(model: GPT, tokens: Tensor, prompt_length: int, max_new_tokens: 
     Args:
         model: in evaluation mode.
         tokens: int64 [N], whose first prompt_length are the prompt.
-        max_new_tokens: how many to write at most, at least 2.
+        max_new_tokens: how many to write at most, at least 3: two are not timed.
         seconds: after this time, no more are written.
     """
     stream = generate(model, tokens[:prompt_length].view(1, -1), max_new_tokens)
@@ -162,7 +162,7 @@ class PeakMemory:
             if hasattr(libc, "malloc_trim"):  # glibc keeps freed memory for later, unless told to give it back
                 libc.malloc_trim(0)
             with contextlib.suppress(OSError):  # where /proc is read-only, what came before counts as well
-                Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+                Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
 
     def read(self) -> int | None:
         """The most bytes in use at once so far; None where the system does not tell."""
@@ -170,5 +170,6 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device)
         if sys.platform != "linux":
             return None
-        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
         return int(fields["VmHWM"].split()[0]) * 1024 if "VmHWM" in fields else None

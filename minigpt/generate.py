@@ -14,7 +14,7 @@ from minigpt import checkpoint
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device
 from minigpt.errors import UserError, run_script
 from minigpt.model import GPT, KVCache
-from minigpt.tokenizer import tokenizer_for
+from minigpt.tokenizer import encode, tokenizer_for
 
 
 def choose_token(
@@ -30,7 +30,7 @@ def choose_token(
     """
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
+    logits = logits.float() / max(temperature, 1e-6)  # a smaller one would overflow, and choose no differently
     if top_k is not None:
         threshold = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < threshold, -torch.inf)
@@ -45,6 +45,7 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     generator: torch.Generator | None = None,
+    n_vocab: int | None = None,
 ) -> Iterator[Tensor]:
     """Continues a prompt, a token at a time.
 
@@ -53,6 +54,7 @@ def generate(
         prompt: int64 [B, T], T at least 1.
         max_new_tokens: how many to make; prompt and new tokens must fit n_positions together.
         temperature, top_k, generator: see `choose_token`.
+        n_vocab: chooses from tokens 0..n_vocab-1; a model's vocabulary may be padded beyond what its tokenizer knows.
 
     Yields:
         int64 [B, 1], the next token of each sequence.
@@ -77,9 +79,16 @@ def generate(
     tokens, positions = prompt, torch.arange(length, device=device)
     for _ in range(max_new_tokens):
         last = model.hidden(tokens, cache, positions)[:, -1]  # [B, C]: the output layer is needed only here
-        tokens = choose_token(model.lm_head(last), temperature, top_k, generator)  # [B, 1]
+        tokens = choose_token(model.lm_head(last)[:, :n_vocab], temperature, top_k, generator)  # [B, 1]
         positions = positions[-1:] + 1
         yield tokens
+
+
+def seed(text: str) -> int:
+    """Reads --seed: a whole number from 0 to 2^63 - 1, as torch's generators take it."""
+    if not 0 <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 - 1")
+    return int(text)
 
 
 def main() -> None:
@@ -90,15 +99,17 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
     parser.add_argument("--top-k", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     add_device_argument(parser)
     args = parser.parse_args()
+    if any("\ud800" <= character <= "\udfff" for character in args.prompt):  # what Python makes of other bytes
+        raise UserError(f"the prompt {ascii(args.prompt)} is not UTF-8 text")
     path = checkpoint.resolve(args.model)
     model = checkpoint.load(path, arithmetic_dtype(check_device(args.device)), args.device)
     tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), model.config.vocab_size)
-    prompt = torch.tensor([tokenizer.encode_ordinary(args.prompt)], dtype=torch.int64, device=args.device)
+    prompt = torch.tensor([encode(tokenizer, args.prompt)], dtype=torch.int64, device=args.device)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator)
+    new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_k, generator, tokenizer.n_vocab)
     print(args.prompt + tokenizer.decode([int(token) for token in new]))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from minigpt.data import load_text
 from minigpt.errors import UserError, run_script
-from minigpt.tokenizer import PATTERN, read_tokenizer
+from minigpt.tokenizer import PATTERN, encode, read_tokenizer
 
 
 def train(text: str, vocab_size: int) -> list[bytes]:
@@ -53,7 +53,7 @@ def main() -> None:
     lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
     args.output.write_bytes(b"".join(lines))
     sample = load_text("demo", "validation")
-    length = len(read_tokenizer(args.output).encode_ordinary(sample))
+    length = len(encode(read_tokenizer(args.output), sample))
     print(
         f"{args.output}: {len(tokens)} tokens, {len(sample.encode()) / length:.2f} bytes a token on the validation text"
     )

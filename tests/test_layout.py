@@ -10,7 +10,7 @@ PUBLIC_KERNELS = "kernels"
 
 def imports(path):
     """All modules that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -27,18 +27,27 @@ def test_kernels_know_torch_and_triton_only(path):
     allowed = {"torch", "triton", "kernels"}
     import sys
 
+    allowed |= {"bench.py": {"tqdm", "gemlite"}, "plots.py": {"matplotlib"}}.get(path.name, set())
     for name in imports(path):
         assert name.split(".")[0] in allowed | sys.stdlib_module_names, name
 
 
 @pytest.mark.parametrize("path", files("kernels"), ids=lambda p: p.name)
 def test_lessons_import_only_the_reference_and_the_harness(path):
-    if path.name in ("k00_reference.py", "common.py"):
-        assert not any(name.startswith("kernels.k0") for name in imports(path))
-    elif path.name.startswith("k"):
+    """And, from lesson 6 on, the layout of prepared weights."""
+    if path.name == "k00_reference.py":
+        assert not any(name.startswith("kernels.") for name in imports(path))
+    elif path.name in ("common.py", "prepared.py", "activations.py", "parts.py") or path.name.startswith("k"):
+        allowed = (
+            "kernels.k00_reference",
+            "kernels.common",
+            "kernels.prepared",
+            "kernels.activations",
+            "kernels.parts",
+        )
         for name in imports(path):
             if name.startswith("kernels"):
-                assert name.startswith(("kernels.k00_reference", "kernels.common")) or name == "kernels", name
+                assert name.startswith(allowed) or name == "kernels", name
 
 
 @pytest.mark.parametrize("path", files("minigpt"), ids=lambda p: p.name)

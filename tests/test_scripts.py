@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ ROW_FIELDS = {
 
 def run(folder, script, *arguments, **environment):
     """Runs a script of the project in `folder`."""
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / script), *(a if isinstance(a, bytes) else str(a) for a in arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env={**os.environ, **environment})
 
 
@@ -53,7 +52,7 @@ def short_text(tmp_path_factory):
     from minigpt import data
 
     path = tmp_path_factory.mktemp("text") / "short.txt"
-    path.write_text(data.load_text("demo")[:12000])
+    path.write_text(data.load_text("demo")[:12000], encoding="utf-8")
     return path
 
 
@@ -62,7 +61,7 @@ def test_quantize_then_eval_the_demo(tmp_path, short_text):
     assert "mlp.c_proj" in output and "checkpoints/demo-int4" in output and "python eval.py demo" in output
     table = must_work(run(tmp_path, "eval.py", "demo", "--dataset", short_text, "--json", "out.json"))
     assert "perplexity" in table and "windows of 512, stride 512" in table
-    content = json.loads((tmp_path / "out.json").read_text())
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     fp16, int4 = content["rows"]
     for row in (fp16, int4):
         assert {name: type(value) for name, value in row.items()} == ROW_FIELDS
@@ -83,7 +82,7 @@ def test_several_quantized_checkpoints(tmp_path, short_text):
         run(tmp_path, "eval.py", "demo", "--quantized", "absmax", "mse", "--dataset", short_text, "--json", "out.json",
             "--context-length", 256, "--stride", 128)
     )  # fmt: skip
-    content = json.loads((tmp_path / "out.json").read_text())
+    content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert content["protocol"]["context_length"] == 256 and content["protocol"]["stride"] == 128
     fp16, row, small = content["rows"]
     assert fp16["perplexity"] < small["perplexity"] < row["perplexity"]
@@ -94,19 +93,76 @@ def test_a_gpt2_saved_by_transformers_on_raw_wikitext(tmp_path, text_folder):
     config = transformers.GPT2Config(n_positions=64, n_embd=48, n_layer=2, n_head=3)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "mine")
     raw = tmp_path / "wiki.raw"
-    raw.write_text("\n".join((text_folder / "wikitext-2" / "wiki.test.raw").read_text().split("\n")[:40]))
+    raw.write_text(
+        "\n".join((text_folder / "wikitext-2" / "wiki.test.raw").read_text(encoding="utf-8").split("\n")[:40])
+    )
     must_work(run(tmp_path, "quantize.py", "mine", "--group-size", "48"))
     table = must_work(run(tmp_path, "eval.py", "mine", "--dataset", raw, "--json", "out.json"))
     assert "mine-int4" in table
-    fp16, int4 = json.loads((tmp_path / "out.json").read_text())["rows"]
+    fp16, int4 = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["rows"]
     assert fp16["perplexity"] == pytest.approx(50257, rel=0.3)  # it is untrained
     assert int4["tokens_scored"] == fp16["tokens_scored"] > 1000
 
 
+def tiny_model(seed, **shape):
+    model = GPT(GPTConfig(**({"vocab_size": 4200, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2} | shape)))
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model
+
+
+def test_models_named_alike_are_told_apart(tmp_path, short_text):
+    """x/mine and y/mine have the same default folder: neither takes the other's place unasked."""
+    for seed, name in enumerate(("x", "y")):
+        checkpoint.save(tiny_model(seed), tmp_path / name / "mine", checkpoint.DEMO_FOLDER / "tokenizer.tiktoken")
+    for _ in range(2):  # again is no matter
+        must_work(run(tmp_path, "quantize.py", "x/mine", "--group-size", "16"))
+    refused = run(tmp_path, "quantize.py", "y/mine", "--group-size", "16")
+    must_fail(refused, "checkpoints/mine-int4 holds another model; to replace it, add --output checkpoints/mine-int4")
+    must_fail(run(tmp_path, "eval.py", "y/mine", "--dataset", short_text), "mine-int4 was made from another model")
+    must_work(run(tmp_path, "quantize.py", "y/mine", "--group-size", "16", "--output", "checkpoints/mine-int4"))
+
+
+def test_quantize_spares_the_models_own_folder(tmp_path):
+    checkpoint.save(tiny_model(0), tmp_path / "mine")
+    before = (tmp_path / "mine" / "model.safetensors").read_bytes()
+    for model in ("mine", "mine/model.safetensors"):
+        result = run(tmp_path, "quantize.py", model, "--group-size", "16", "--output", tmp_path / "mine")
+        must_fail(result, "is the model's own folder")
+    assert (tmp_path / "mine" / "model.safetensors").read_bytes() == before
+
+
+def test_generate_with_a_padded_vocabulary(tmp_path):
+    """Of 50,000 tokens the tokenizer knows 4,096: only those are written."""
+    tokenizer = checkpoint.DEMO_FOLDER / "tokenizer.tiktoken"
+    checkpoint.save(tiny_model(0, vocab_size=50000), tmp_path / "padded", tokenizer)
+    arguments = ("--model", tmp_path / "padded", "--max-new-tokens", "20", "--temperature", "5", "hello")
+    must_work(run(tmp_path, "minigpt/generate.py", *arguments, PYTHONPATH=str(ROOT)))
+
+
+def test_the_shortest_model_that_can_be_timed(tmp_path):
+    (tmp_path / "text.txt").write_text("a few words", encoding="utf-8")
+    for n_positions in (3, 4):
+        folder = tmp_path / f"short{n_positions}"
+        checkpoint.save(tiny_model(0, n_positions=n_positions), folder, checkpoint.DEMO_FOLDER / "tokenizer.tiktoken")
+    options = ("--dataset", "text.txt", "--quantized")
+    must_fail(run(tmp_path, "eval.py", "short3", *options, "short3"), "short3 reads 3 tokens")
+    must_work(run(tmp_path, "eval.py", "short4", *options, "short4"))
+
+
+def test_bits_of_a_model_that_is_partly_int4():
+    import eval
+    from minigpt.quantization.convert import quantize_model
+    from minigpt.quantization.rtn import METHODS
+
+    model = tiny_model(0)
+    assert eval.bits_per_weight(model) == 16
+    report = next(quantize_model(model, METHODS["mse"], 16))  # c_attn only: 3 of 12 n_embd^2
+    assert eval.bits_per_weight(model) == pytest.approx((8 * report.stored_bytes + 16 * 9 * 16**2) / (12 * 16**2))
+
+
 def test_default_dataset_is_wikitext_2(tmp_path, text_folder):
     """Seen by asking for it where it is missing; what is in it, test_data.py counts."""
-    model = GPT(GPTConfig(n_positions=64, n_embd=16, n_layer=1, n_head=2))
-    checkpoint.save(model, tmp_path / "tiny")
+    checkpoint.save(tiny_model(0, vocab_size=50257), tmp_path / "tiny")
     must_work(run(tmp_path, "quantize.py", "tiny", "--group-size", "16"))
     (tmp_path / "data" / "tiktoken").mkdir(parents=True)
     for file in (text_folder / "tiktoken").iterdir():
@@ -115,14 +171,19 @@ def test_default_dataset_is_wikitext_2(tmp_path, text_folder):
     must_fail(result, "wikitext-2/wiki.test.raw: no such file")
 
 
-def test_demo_is_better_than_an_untrained_model_and_than_bigrams():
-    """The numbers beside the demo's own in its README."""
-    from minigpt import baselines
+def test_demo_is_better_than_an_untrained_model_and_than_bigrams(short_text):
+    """As in the demo's README, on a short piece of the text that is scored there."""
+    from minigpt import baselines, data, evaluate
+    from minigpt.tokenizer import encode, read_tokenizer
 
     assert baselines.bigram_perplexity(torch.tensor([0, 1] * 50), torch.tensor([0, 1] * 50), 2) < 1.2
-    record = json.loads((checkpoint.DEMO_FOLDER / "training.json").read_text())
-    validation = min(loss["validation"] for loss in record["losses"])
-    assert validation < 3.2  # nats a token; the bigram model is above 4
+    tokenizer = read_tokenizer(checkpoint.DEMO_FOLDER / "tokenizer.tiktoken")
+    train, test = (
+        torch.tensor(encode(tokenizer, data.load_text(*text))) for text in (("demo", "train"), (short_text,))
+    )
+    demo = checkpoint.load(checkpoint.DEMO_FOLDER, torch.float32)
+    bigram = baselines.bigram_perplexity(train, test, 4096, weight=0.9)
+    assert 2 * evaluate.perplexity(demo, test, 512, 512).perplexity < bigram < 4096 / 2
 
 
 class TestErrors:
@@ -131,8 +192,9 @@ class TestErrors:
         must_fail(run(tmp_path, "quantize.py", "demo", "--group-size", "96"), "possible: 16, 32, 64, 128, 256, row")
         must_fail(run(tmp_path, "quantize.py", "demo", "--group-size", "ten"), "--group-size")
         must_fail(run(tmp_path, "quantize.py", "demo", "--method", "magic"), "absmax")
-        (tmp_path / "file").write_text("")
+        (tmp_path / "file").write_text("", encoding="utf-8")
         must_fail(run(tmp_path, "quantize.py", "demo", "--output", "file"), "is a file")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--output", "file/below"), "is a file")
         must_fail(run(tmp_path, "quantize.py", "file"), "not a whole safetensors file")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
@@ -141,7 +203,7 @@ class TestErrors:
         must_fail(run(tmp_path, "eval.py", "demo", "--quantized", "nowhere"), "--quantized nowhere")
         must_work(run(tmp_path, "quantize.py", "demo"))
         must_fail(run(tmp_path, "eval.py", "demo", "--dataset", "nothing.txt"), "unknown dataset 'nothing.txt'")
-        (tmp_path / "empty.txt").write_text("")
+        (tmp_path / "empty.txt").write_text("", encoding="utf-8")
         must_fail(run(tmp_path, "eval.py", "demo", "--dataset", "empty.txt"), "is empty")
         text = ("--dataset", short_text)
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--context-length", "1000"), "from 2 to 512")
@@ -156,6 +218,15 @@ class TestErrors:
     def test_of_generate(self, tmp_path):
         result = run(ROOT, "minigpt/generate.py", "--model", "gpt9", "hello", PYTHONPATH=str(ROOT))
         must_fail(result, "unknown model 'gpt9'")
+        result = run(ROOT, "minigpt/generate.py", b"caf\xe9", PYTHONPATH=str(ROOT))
+        must_fail(result, "the prompt 'caf\\udce9' is not UTF-8 text")
+        result = run(ROOT, "minigpt/generate.py", "hello", "--seed", 2**63, PYTHONPATH=str(ROOT))
+        must_fail(result, "--seed: 9223372036854775808 is not from 0 to 2^63 - 1")
+
+    def test_output_that_the_terminal_cannot_show(self, tmp_path):
+        arguments = ("naïve", "--max-new-tokens", "0")
+        result = run(tmp_path, "minigpt/generate.py", *arguments, PYTHONPATH=str(ROOT), PYTHONIOENCODING="ascii")
+        assert must_work(result) == "na\\xefve\n"
 
     def test_full_disk(self, tmp_path, short_text):
         """/dev/full takes nothing: as good as a disk without space."""
@@ -166,28 +237,49 @@ class TestErrors:
     @pytest.mark.skipif(sys.platform == "win32", reason="signals")
     def test_interrupt(self, tmp_path):
         """Ctrl-C: status 130, one line, nothing half-written."""
-        command = [sys.executable, str(ROOT / "train.py"), "--preset", "tiny", "--output", "out"]
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--preset",
+            "tiny",
+            "--output",
+            "out",
+            "--eval-every",
+            "4000",
+        ]
         listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job may not by itself
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
-        deadline = time.monotonic() + 60
         read = ""
-        while "step" not in read and time.monotonic() < deadline:
-            read += process.stderr.read(1)
+        while "step/s" not in read and (
+            character := process.stderr.read(1)
+        ):  # the bar of the loop, however long it takes
+            read += character
         process.send_signal(signal.SIGINT)
-        _, rest = process.communicate(timeout=60)
+        _, rest = process.communicate(timeout=300)
         assert process.returncode == 130, rest
         assert rest.strip().splitlines()[-1] == "error: interrupted" and "Traceback" not in rest
         assert not list(tmp_path.iterdir())
 
 
 class TestTrain:
+    def test_learning_rate(self):
+        """Up to the peak, then down to exactly a tenth of it at the last step."""
+        import argparse
+
+        import train
+
+        args = argparse.Namespace(learning_rate=1.0, warmup=5, steps=25)
+        rates = [train.learning_rate(step, args) for step in range(25)]
+        assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0]) and rates[-1] == pytest.approx(0.1)
+        assert rates[5:] == sorted(rates[5:], reverse=True)
+
     def test_a_model_learns_its_text(self, tmp_path):
         """A short text, seen often: the loss falls far under that of guessing, and what is saved evaluates."""
-        (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 4000)
+        (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 4000, encoding="utf-8")
         output = must_work(run(tmp_path, "train.py", "--preset", "tiny", "--dataset", "text.txt", "--steps", "60",
                                "--batch-size", "8", "--warmup", "5",
                                "--eval-every", "20", "--output", "out"))  # fmt: skip
-        record = json.loads((tmp_path / "out" / "training.json").read_text())
+        record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
         assert [loss["step"] for loss in record["losses"]] == [20, 40, 60]
         assert record["losses"][-1]["validation"] < 4 < record["losses"][0]["validation"] + 2
         assert "--steps 60" in record["command"] and record["settings"]["seed"] == 0
@@ -197,7 +289,7 @@ class TestTrain:
         must_work(run(tmp_path, "quantize.py", "out"))
 
     def test_errors(self, tmp_path):
-        (tmp_path / "short.txt").write_text("too short")
+        (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
         must_fail(run(tmp_path, "train.py", "--dataset", "short.txt"), "fewer than a window")
         must_fail(run(tmp_path, "train.py", "--steps", "0"), "--steps is 0")
         must_fail(run(tmp_path, "train.py", "--preset", "huge"), "gpt2-xl")

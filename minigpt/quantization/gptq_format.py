@@ -33,9 +33,9 @@ def describe(method: str, group_size: int, symmetric: bool) -> dict[str, Any]:
     }
 
 
-def group_index(weight: QuantizedWeight) -> Tensor:
+def group_index(layer: Int4Linear) -> Tensor:
     """g_idx, the group of each input: int32 [in_features]. Ours are in order; GPTQ's act-order may shuffle them."""
-    return torch.arange(weight.in_features, dtype=torch.int32) // weight.group_size
+    return torch.arange(layer.in_features, dtype=torch.int32) // layer.group_size
 
 
 def install_empty_layers(model: GPT, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
@@ -54,6 +54,8 @@ def install_empty_layers(model: GPT, tensors: dict[str, Tensor], settings: dict[
     version = settings.get("checkpoint_format", "gptq")
     if version not in ("gptq", "gptq_v2"):
         raise UserError(f"checkpoint_format is {version!r}; only 'gptq' and 'gptq_v2' can be loaded")
+    if not any(f"{name}.qweight" in tensors for name, _ in block_linears(model)):
+        raise UserError("config.json has a quantization_config, but no layer has a .qweight tensor")
     for name, layer in list(block_linears(model)):
         if f"{name}.qweight" not in tensors:
             continue
@@ -67,16 +69,16 @@ def install_empty_layers(model: GPT, tensors: dict[str, Tensor], settings: dict[
                 scales=torch.empty((groups, layer.out_features), dtype=torch.float16),
                 qzeros=torch.empty((groups, -(-layer.out_features // 8)), dtype=torch.int32),
             )
-            bias = torch.empty(layer.out_features, dtype=torch.float16)
+            empty = Int4Linear(weight, torch.empty(layer.out_features, dtype=torch.float16))
         g_idx = tensors.pop(f"{name}.g_idx", None)
-        if g_idx is not None and not torch.equal(g_idx, group_index(weight)):
+        if g_idx is not None and not torch.equal(g_idx, group_index(empty)):
             raise UserError(
-                f"{name}.g_idx does not count up in groups of {weight.group_size}; desc_act is not supported"
+                f"{name}.g_idx does not count up in groups of {empty.group_size}; desc_act is not supported"
             )
         qzeros = tensors.get(f"{name}.qzeros")
         if qzeros is not None and version == "gptq":
             tensors[f"{name}.qzeros"] = _add_one(qzeros)
-        model.set_submodule(name, Int4Linear(weight, bias))
+        model.set_submodule(name, empty)
 
 
 def _add_one(qzeros: Tensor) -> Tensor:

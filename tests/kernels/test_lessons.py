@@ -25,6 +25,8 @@ def test_reference_lesson_shows_the_format():
 def test_check_agrees(lesson):
     result = run("-m", f"kernels.{lesson}", "--check")
     assert result.returncode == 0, result.stdout + result.stderr
+    if "skip  wgmma needs a Hopper GPU" in result.stdout:
+        pytest.skip("needs a Hopper GPU (H100, H200)")
     assert "all agree" in result.stdout
 
 
@@ -46,7 +48,7 @@ def test_a_failing_check_fails(monkeypatch, capsys):
 
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_docstring_has_the_form_of_a_lesson(lesson):
-    text = (ROOT / "kernels" / f"{lesson}.py").read_text()
+    text = (ROOT / "kernels" / f"{lesson}.py").read_text(encoding="utf-8")
     head = text.split('"""')[1]
     assert head.startswith(f"Lesson {int(lesson[1:3])}:")
     for part in ("Run it:", "THE IDEA", "THE PRICE", "NEXT", "EXERCISE"):
@@ -62,7 +64,6 @@ import sys
 sys.modules["triton"] = None  # makes `import triton` fail
 import torch, kernels, kernels.k00_reference, minigpt.checkpoint, minigpt.evaluate, minigpt.generate
 import quantize, eval, train
-kernels.HAS_TRITON = False
 packed = kernels.quantize(torch.randn(16, 64), 32)
 assert kernels.matmul(torch.randn(3, 64), packed).shape == (3, 16)
 assert kernels.dequantize(packed).shape == (16, 64)

@@ -1,5 +1,6 @@
 """Files: written by transformers and read by us, written by us and read by transformers, and broken in many ways."""
 
+import dataclasses
 import json
 import shutil
 import struct
@@ -83,7 +84,9 @@ def test_shards(reference_folder):
     weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
     for shard in set(weight_map.values()):
         save_file({n: tensors[n] for n in names if weight_map[n] == shard}, reference_folder / shard)
-    (reference_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (reference_folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map}), encoding="utf-8"
+    )
     assert torch.equal(checkpoint.load(reference_folder, torch.float32)(TOKENS), expected)
 
 
@@ -133,7 +136,7 @@ def test_int4_file_is_gptqs(model, tmp_path):
     """What other tools will read: names, dtypes, shapes, config, and the numbers that they decode."""
     settings = quantized(model)
     checkpoint.save(model, tmp_path / "int4", quantization=settings)
-    fields = json.loads((tmp_path / "int4" / "config.json").read_text())
+    fields = json.loads((tmp_path / "int4" / "config.json").read_text(encoding="utf-8"))
     assert fields["quantization_config"]["quant_method"] == "gptq"
     assert fields["quantization_config"]["checkpoint_format"] == "gptq_v2"
     assert fields["quantization_config"]["desc_act"] is False
@@ -167,15 +170,15 @@ def test_files_of_the_first_gptq_version(model, tmp_path):
             layer = model.get_submodule(name.removeprefix("transformer.").removesuffix(".qzeros"))
             layer.qzeros.copy_(sum(nibbles[i].to(torch.int64) << 4 * i for i in range(8)).to(torch.int32))
     save_file(tensors, file)
-    config = json.loads((tmp_path / "int4" / "config.json").read_text())
+    config = json.loads((tmp_path / "int4" / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"]["checkpoint_format"] = "gptq"
-    (tmp_path / "int4" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "int4" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert torch.equal(checkpoint.load(tmp_path / "int4", torch.float32)(TOKENS), model(TOKENS))
 
 
 def edit_config(folder, **changes):
-    fields = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps(fields))
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+    (folder / "config.json").write_text(json.dumps(fields), encoding="utf-8")
 
 
 def edit_tensors(folder, change):
@@ -246,7 +249,7 @@ class TestBrokenFiles:
 
     def test_configs_that_are_not_configs(self, reference_folder):
         for content in ("{", "[]", '"gpt2"', "\0"):
-            (reference_folder / "config.json").write_text(content)
+            (reference_folder / "config.json").write_text(content, encoding="utf-8")
             fail_to_load(reference_folder, "config.json: not (a )?JSON")
 
     def test_wrong_shapes_and_dtypes(self, reference_folder):
@@ -291,6 +294,29 @@ class TestBrokenFiles:
         checkpoint.save(model, tmp_path / "int4", quantization=settings | change)
         fail_to_load(tmp_path / "int4", message)
 
+    def test_int4_without_int4_layers(self, model, tmp_path):
+        checkpoint.save(model, tmp_path / "int4", quantization=gptq_format.describe("mse", 16, False))
+        fail_to_load(tmp_path / "int4", "quantization_config, but no layer has a .qweight tensor")
+
+    @pytest.mark.parametrize("name", ["wpe.weight", "h.0.ln_1.weight", "h.1.mlp.c_fc.bias", "h.0.attn.c_attn.weight"])
+    def test_values_that_are_not_finite(self, reference_folder, name):
+        for value, message in [(torch.nan, "NaN or infinite"), (-torch.inf, "NaN or infinite"), (1e5, "float16")]:
+            edit_tensors(reference_folder, lambda tensors, v=value: tensors[f"transformer.{name}"].view(-1)[7].fill_(v))
+            with pytest.raises(UserError, match=f"{name} has values that are .*{message}"):
+                checkpoint.load(reference_folder, torch.float16)
+        checkpoint.load(reference_folder, torch.float32)  # which holds 1e5
+
+    def test_int4_scales_that_are_not_finite(self, model, tmp_path):
+        checkpoint.save(model, tmp_path / "int4", quantization=quantized(model))
+        edit_tensors(
+            tmp_path / "int4", lambda tensors: tensors["transformer.h.0.mlp.c_fc.scales"][0, 3].fill_(torch.nan)
+        )
+        fail_to_load(tmp_path / "int4", "h.0.mlp.c_fc.scales has values that are NaN")
+
+    def test_a_tensor_with_and_without_prefix(self, reference_folder):
+        edit_tensors(reference_folder, lambda tensors: tensors.update({"wpe.weight": torch.zeros(24, 48)}))
+        fail_to_load(reference_folder, "wpe.weight is there twice")
+
 
 class TestSaving:
     def test_a_failure_leaves_the_old_checkpoint(self, model, tmp_path, monkeypatch):
@@ -307,13 +333,28 @@ class TestSaving:
         assert {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
         assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
+    def test_weights_beside_another_checkpoints_config(self, model, tmp_path):
+        """As two programs that save at once may leave it: another head count shows in no tensor's shape."""
+        checkpoint.save(model, tmp_path / "saved")
+        checkpoint.save(GPT(dataclasses.replace(CONFIG, n_head=4)), tmp_path / "other")
+        shutil.copy(tmp_path / "other" / "config.json", tmp_path / "saved")
+        fail_to_load(tmp_path / "saved", "not the one that the weights were saved with")
+
+    def test_values_that_fp16_cannot_hold(self, model, tmp_path):
+        model.wpe.weight[3, 4] = 1e5
+        with pytest.raises(UserError, match="wpe.weight has values that are too large for torch.float16"):
+            checkpoint.save(model, tmp_path / "saved")
+        assert not (tmp_path / "saved").exists()
+
     def test_other_files_in_the_folder_stay(self, model, tmp_path):
-        (tmp_path / "notes.txt").write_text("mine")
+        (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
         checkpoint.save(model, tmp_path)
-        assert (tmp_path / "notes.txt").read_text() == "mine"
+        assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
 
     def test_an_index_of_an_earlier_checkpoint_goes_away(self, model, tmp_path):
-        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "old.safetensors"}}')
+        (tmp_path / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"wte.weight": "old.safetensors"}}', encoding="utf-8"
+        )
         checkpoint.save(model, tmp_path)
         assert torch.equal(checkpoint.load(tmp_path, torch.float32)(TOKENS), model(TOKENS))
 
@@ -325,14 +366,33 @@ class TestSaving:
         assert not (tmp_path / "saved" / "tokenizer.tiktoken").exists()
 
     def test_output_must_be_a_folder(self, tmp_path):
-        (tmp_path / "file").write_text("")
-        with pytest.raises(UserError, match="is a file"):
-            checkpoint.check_output(tmp_path / "file")
+        (tmp_path / "file").write_text("", encoding="utf-8")
+        for path in (tmp_path / "file", tmp_path / "file" / "below"):
+            with pytest.raises(UserError, match="file is a file"):
+                checkpoint.check_output(path)
+
+    def test_output_must_be_writable(self, tmp_path, monkeypatch):
+        checkpoint.check_output(tmp_path / "new" / "folder")
+        monkeypatch.setattr(checkpoint.os, "access", lambda path, mode: path != tmp_path)  # root may write anywhere
+        with pytest.raises(UserError, match=f"no permission to write to {tmp_path}"):
+            checkpoint.check_output(tmp_path / "new" / "folder")
+        assert not list(tmp_path.iterdir())
+
+
+def test_models_are_told_apart_by_their_embeddings(model, tmp_path):
+    other = GPT(CONFIG)
+    other.init_weights()
+    checkpoint.save(model, tmp_path / "int4", quantization=quantized(model))
+    assert not checkpoint.holds_another_model(tmp_path / "int4", model)
+    assert checkpoint.holds_another_model(tmp_path / "int4", other)
+    assert not checkpoint.holds_another_model(tmp_path / "nowhere", other)
+    (tmp_path / "int4" / "model.safetensors").write_bytes(b"half")
+    assert not checkpoint.holds_another_model(tmp_path / "int4", other)
 
 
 def test_broken_index(reference_folder):
     for content in ("[]", "{", '{"weight_map": {"a": 1}}'):
-        (reference_folder / "model.safetensors.index.json").write_text(content)
+        (reference_folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
         fail_to_load(reference_folder, "not an index of safetensors files")
 
 
@@ -340,7 +400,7 @@ def test_default_output(tmp_path, monkeypatch):
     """Named after the model: a known name, a folder's whole name, a file's without its ending."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine-v1.5").mkdir()
-    (tmp_path / "mine-v1.5" / "weights.safetensors").write_text("")
+    (tmp_path / "mine-v1.5" / "weights.safetensors").write_text("", encoding="utf-8")
     for model, name in [("gpt2", "gpt2"), ("mine-v1.5/", "mine-v1.5"), ("mine-v1.5/weights.safetensors", "weights")]:
         assert checkpoint.default_int4_folder(model).as_posix() == f"checkpoints/{name}-int4"
 

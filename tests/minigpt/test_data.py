@@ -1,5 +1,6 @@
 """Texts and tokens."""
 
+import base64
 import sys
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from minigpt import data
 from minigpt.errors import UserError
-from minigpt.tokenizer import gpt2_tokenizer, read_tokenizer, tokenizer_for
+from minigpt.tokenizer import LONGEST_SPACE, encode, gpt2_tokenizer, read_tokenizer, tokenizer_for
 
 
 def test_wikitext_2_has_the_published_counts(text_folder):
@@ -60,15 +61,20 @@ def test_files_and_folders(tmp_path):
     (tmp_path / "b.txt").write_text("second", encoding="utf-8")
     (tmp_path / "a.md").write_text("first é", encoding="utf-8")
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "c.py").write_text("third")
-    (tmp_path / ".hidden").write_text("no")
+    (tmp_path / "sub" / "c.py").write_text("third", encoding="utf-8")
+    (tmp_path / ".hidden").write_text("no", encoding="utf-8")
     (tmp_path / "picture.bin").write_bytes(b"\0\1\2")
     assert data.load_text(str(tmp_path)) == "first é\n\nsecond\n\nthird"
     assert data.load_text(str(tmp_path / "b.txt")) == "second"
 
 
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbffirst")
+    assert data.load_text(str(tmp_path / "windows.txt")) == "first"
+
+
 def test_texts_that_cannot_be_read_are_named(tmp_path):
-    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     for name, message in [
         ("empty.txt", "is empty"),
@@ -103,6 +109,17 @@ class TestOwnTokenizer:
             assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
         assert tokenizer.n_vocab == 4096
 
+    def test_runs_of_white_space_however_long(self):
+        """A million is too much for tiktoken by itself; below the limit the tokens are its own."""
+        from minigpt.checkpoint import DEMO_FOLDER
+
+        tokenizer = read_tokenizer(DEMO_FOLDER / "tokenizer.tiktoken")
+        for space in (" ", "\n", " \n"):
+            text = "a" + space * 1_500_000 + "b"
+            assert tokenizer.decode(encode(tokenizer, text)) == text
+        text = "a" + " " * (LONGEST_SPACE - 1) + "b"
+        assert encode(tokenizer, text) == tokenizer.encode_ordinary(text)
+
     def test_training_makes_a_tokenizer(self, tmp_path):
         """Byte-pair encoding by its definition: 'ab' is the most frequent pair, then 'abc'."""
         from minigpt.train_tokenizer import train
@@ -117,6 +134,13 @@ class TestOwnTokenizer:
     def test_broken_files_are_named(self, tmp_path, content):
         (tmp_path / "tokenizer.tiktoken").write_bytes(content)
         with pytest.raises(UserError, match="tokenizer.tiktoken: not a tokenizer"):
+            read_tokenizer(tmp_path / "tokenizer.tiktoken")
+
+    def test_a_missing_byte_is_noticed(self, tmp_path):
+        tokens = [bytes([i]) for i in range(255)] + [b"ab", b"abc"]
+        lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens))
+        (tmp_path / "tokenizer.tiktoken").write_bytes(b"".join(lines))
+        with pytest.raises(UserError, match="not each of the 256 single bytes"):
             read_tokenizer(tmp_path / "tokenizer.tiktoken")
 
     def test_model_that_fits_no_tokenizer(self, tmp_path, text_folder):

@@ -56,7 +56,9 @@ def run(tmp_path, dead_end):
     }
     # huggingface_hub waits 23 s in all before it gives a hub up. Python imports sitecustomize as it starts.
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text("import time\ntime.sleep = lambda seconds: None\n")
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import time\ntime.sleep = lambda seconds: None\n", encoding="utf-8"
+    )
     environment |= {
         "HOME": str(tmp_path),
         "HF_HOME": str(tmp_path / "hf"),

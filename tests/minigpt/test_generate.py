@@ -35,6 +35,19 @@ def test_top_k_leaves_the_k_best():
     assert drawn == best
 
 
+def test_a_tiny_temperature_takes_the_best():
+    logits = torch.randn(5, 100)
+    for temperature in (1e-6, 1e-45, 5e-324):
+        assert torch.equal(choose_token(logits, temperature)[:, 0], logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_padding_of_the_vocabulary_is_never_chosen(model, temperature):
+    model.lm_head.weight.data[20:] *= 1000  # without a limit these win, half of them
+    tokens = [int(t) for t in generate(model, torch.tensor([[1, 2]]), 14, temperature, n_vocab=20)]
+    assert len(tokens) == 14 and max(tokens) < 20
+
+
 def test_the_same_seed_gives_the_same_tokens(model):
     prompt = torch.tensor([[1, 2, 3]])
     runs = [

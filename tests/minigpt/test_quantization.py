@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import kernels
 from minigpt import checkpoint
 from minigpt.config import GPTConfig
 from minigpt.errors import UserError
 from minigpt.model import GPT
+from minigpt.quantization import gptq_format
 from minigpt.quantization.convert import WHOLE_ROW, quantize_model
 from minigpt.quantization.linear import Int4Linear
 from minigpt.quantization.rtn import METHODS, SYMMETRIC
@@ -51,6 +53,81 @@ def test_int4_layer_computes_what_the_linear_layer_with_its_weight_does():
     x = torch.randn(2, 5, 64)
     expected = torch.nn.functional.linear(x, kernels.dequantize(layer.weight, torch.float32), linear.bias)
     assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def prepare_layers(model):
+    """Brings a model's int4 layers into the state that they have on a GPU."""
+    for module in model.modules():
+        if isinstance(module, Int4Linear):
+            module.hold(kernels.prepare(module.weight))
+
+
+def same_tensors(folder, other):
+    ours, theirs = (load_file(path / "model.safetensors") for path in (folder, other))
+    return ours.keys() == theirs.keys() and all(
+        ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours
+    )
+
+
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_prepared_layers_compute_the_same(model, activation_bits, dtype):
+    list(quantize_model(model, METHODS["mse"], 16))
+    for module in model.to(dtype).modules():
+        if isinstance(module, Int4Linear):
+            module.activation_bits = activation_bits
+    tokens = torch.arange(20).view(1, 20)
+    expected = model(tokens)
+    prepare_layers(model)
+    assert torch.equal(model(tokens), expected)
+
+
+def test_eight_bit_activations_reach_the_layer():
+    layer = Int4Linear(kernels.quantize(torch.randn(24, 64), 32), torch.randn(24))
+    x = torch.randn(5, 64)
+    exact = layer(x)
+    layer.activation_bits = 8
+    assert 1e-3 < (layer(x) - exact).norm() / exact.norm() < 2e-2
+
+
+def test_prepared_layers_save_the_same_file(model, tmp_path):
+    list(quantize_model(model, METHODS["minmax"], 16))
+    settings = gptq_format.describe("minmax", 16, False)
+    checkpoint.save(model, tmp_path / "file", quantization=settings)
+    stored = [module.stored_bytes for module in model.modules() if isinstance(module, Int4Linear)]
+    prepare_layers(model)
+    checkpoint.save(model, tmp_path / "prepared", quantization=settings)
+    assert same_tensors(tmp_path / "prepared", tmp_path / "file")
+    assert stored == [module.stored_bytes for module in model.modules() if isinstance(module, Int4Linear)]
+
+
+def test_a_layer_holds_one_layout(model):
+    """Prepared on a GPU, the file's on a CPU; casting the model to another dtype leaves both as they are."""
+    list(quantize_model(model, METHODS["minmax"], 16))
+    layer = model.h[0].mlp.c_fc
+    before = layer.weight
+    assert {name for name, _ in layer.named_buffers()} == {"qweight", "scales", "qzeros"}
+    layer.hold(kernels.prepare(before))
+    assert {name for name, _ in layer.named_buffers()} == {"codes", "scale_zeros"}
+    assert layer.bfloat16().bias.dtype == torch.bfloat16  # and, on a CPU, in the file's layout again
+    assert {name for name, _ in layer.named_buffers()} == {"qweight", "scales", "qzeros"}
+    for ours, theirs in zip(layer.bfloat16().weight, before, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.gpu
+def test_layers_on_a_gpu(model, tmp_path):
+    list(quantize_model(model, METHODS["minmax"], 16))
+    tokens = torch.arange(20).view(1, 20)
+    expected = model(tokens)
+    settings = gptq_format.describe("minmax", 16, False)
+    checkpoint.save(model, tmp_path / "cpu", quantization=settings)
+    model.to("cuda")
+    assert {name for name, _ in model.h[0].mlp.c_fc.named_buffers()} == {"codes", "scale_zeros"}
+    checkpoint.save(model, tmp_path / "gpu", quantization=settings)
+    assert same_tensors(tmp_path / "gpu", tmp_path / "cpu")
+    assert (model.half()(tokens.cuda()).cpu() - expected).abs().max() < 0.02
+    assert {name for name, _ in model.cpu().h[0].mlp.c_fc.named_buffers()} == {"qweight", "scales", "qzeros"}
 
 
 def test_better_methods_lose_less_on_the_trained_model():

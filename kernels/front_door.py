@@ -1,0 +1,234 @@
+"""The front door: what programs call, without knowing which lesson serves them.
+
+On a GPU the lessons' Triton kernels, everywhere else the plain torch of lesson 0. RULES below says which lesson
+multiplies. On a GPU whose architecture is not among MEASURED, lesson 9's launch options are tuned when a shape is
+first seen (lesson 14 says how, and where they are remembered); MINIGPT_AUTOTUNE=1 in the environment asks for that on
+every GPU.
+"""
+
+import functools
+import importlib
+import os
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.k00_reference import QuantizedWeight, dequantize_reference, quantize_reference
+from kernels.prepared import PreparedWeight, prepare, restore
+
+HAS_TRITON = find_spec("triton") is not None
+
+# ---- which lesson ----------------------------------------------------------------------------------------------------
+
+ANY_GPU = ""
+ANY_NUMBER = 2**63
+REFERENCE = "k00_reference"
+
+
+class Rule(NamedTuple):
+    """When to take a lesson.
+
+    Attributes:
+        gpu: what the architecture's name begins with: sm_90, or sm_7 for all of that generation.
+        activation_bits: 16 or 8.
+        most_tokens: M is at most this.
+        least_work: M * N * K is at least this.
+        group_unit: the group size is a multiple of this.
+        lesson: the module whose `matmul` it is.
+    """
+
+    gpu: str
+    activation_bits: int
+    most_tokens: int
+    least_work: int
+    group_unit: int
+    lesson: str
+
+
+# The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json): up to some 80 tokens
+# lesson 9 is ahead of lesson 12, and above that where there is too little work for lesson 12's large tiles to fill the
+# machine. Those for any GPU take what asks least of it.
+RULES = (
+    Rule(ANY_GPU, 16, 1, 0, 16, "k10_gemv"),
+    Rule("sm_90", 16, 80, 0, 16, "k09_split_k"),
+    Rule("sm_90", 16, ANY_NUMBER, 3 * 2**29, 64, "k12_hopper"),
+    Rule("sm_90", 16, ANY_NUMBER, 0, 64, "k09_split_k"),  # too little to fill the machine with lesson 12's large tiles
+    Rule(ANY_GPU, 16, 256, 0, 16, "k09_split_k"),
+    Rule(ANY_GPU, 16, ANY_NUMBER, 0, 16, "k11_dequantize_gemm"),
+    Rule("sm_90", 8, 63, 0, 16, "k13_w4a8"),
+    Rule("sm_90", 8, ANY_NUMBER, 0, 64, "k15_w4a8_hopper"),
+    Rule("sm_7", 8, ANY_NUMBER, 0, 16, REFERENCE),  # too old for lesson 13
+    Rule(ANY_GPU, 8, ANY_NUMBER, 0, 16, "k13_w4a8"),
+)
+MEASURED = ("sm_90",)
+
+
+def choose_lesson(gpu: str, activation_bits: int, m: int, n: int, k: int, group_size: int) -> str:
+    """The name of the lesson's module that RULES gives for x [m, k] and a weight [n, k]."""
+    return next(
+        rule.lesson
+        for rule in RULES
+        if gpu.startswith(rule.gpu)
+        and activation_bits == rule.activation_bits
+        and m <= rule.most_tokens
+        and m * n * k >= rule.least_work
+        and group_size % rule.group_unit == 0
+    )
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """What a GPU's machine code is called: sm_90 on an H200, gfx942 on an MI300. Cached: every matmul asks."""
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+# ---- what programs call ----------------------------------------------------------------------------------------------
+
+
+def quantize(weight: Tensor, group_size: int, symmetric: bool = False, search: bool = False) -> QuantizedWeight:
+    """Quantizes a weight to int4: lesson 1's kernel on a GPU, the reference elsewhere; bit for bit the same codes.
+
+    Arguments and errors are those of `kernels.k00_reference.quantize_reference`.
+    """
+    if HAS_TRITON and weight.is_cuda:
+        from kernels.k01_quantize import quantize as quantize_triton
+
+        return quantize_triton(weight, group_size, symmetric, search)
+    return quantize_reference(weight, group_size, symmetric, search)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float16) -> Tensor:
+    """The weight that the codes stand for: -> `dtype` [N, K]. Lesson 2's kernel on a GPU, the reference elsewhere."""
+    if HAS_TRITON and weight.qweight.is_cuda:
+        from kernels.k02_dequantize import dequantize as dequantize_triton
+
+        return dequantize_triton(weight, dtype)
+    return dequantize_reference(weight, dtype)
+
+
+def matmul(
+    x: Tensor, weight: QuantizedWeight | PreparedWeight, bias: Tensor | None = None, activation_bits: int = 16
+) -> Tensor:
+    """x @ w^T + bias with an int4 weight, accumulated in float32; no gradients.
+
+    On a GPU give it a prepared weight: `prepare` it once, when the model is loaded. A weight in the file's format works
+    as well, but is prepared anew in each call, which takes many times as long as the product.
+
+    Args:
+        x: float16, bfloat16 or float32 [..., K], on the weight's device; float32 is served by the reference only.
+        weight: of [N, K].
+        bias: floating [N]; taken in x's dtype.
+        activation_bits: 16 multiplies x as it is; 8 rounds each token to 255 levels first (W4A8), which is faster
+            for many tokens and costs some accuracy. (On a GPU lesson 13 rounds the weight to 255 levels a row, too.)
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: naming the shape, dtype or number of bits that does not fit.
+    """
+    _check(x, weight, bias, activation_bits)
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if isinstance(weight, QuantizedWeight):
+        if not (HAS_TRITON and x.is_cuda):
+            return matmul_reference(x, weight, bias, activation_bits)
+        weight = prepare(weight)
+    return torch.ops.minigpt.int4_matmul(
+        x, weight.codes, weight.scale_zeros, weight.in_features, weight.group_size, bias, activation_bits
+    )
+
+
+def _check(x: Tensor, weight: QuantizedWeight | PreparedWeight, bias: Tensor | None, activation_bits: int) -> None:
+    n, k = weight.out_features, weight.in_features
+    if x.ndim == 0 or x.shape[-1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}, its last dimension must be the weight's in_features {k}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"x is {x.dtype}, it must be float16, bfloat16 or float32")
+    if bias is not None and (bias.ndim != 1 or bias.shape[0] != n):
+        raise ValueError(f"bias has shape {list(bias.shape)}, it must be [{n}], the weight's out_features")
+    if activation_bits not in (8, 16):
+        raise ValueError(f"activation_bits is {activation_bits}, it must be 16 or 8")
+
+
+# ---- the references --------------------------------------------------------------------------------------------------
+
+
+def matmul_reference(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
+    """`matmul` in plain torch, on any device; arguments and result are the same."""
+    if activation_bits == 16:
+        return torch.nn.functional.linear(x, dequantize_reference(weight, x.dtype), bias)
+    codes, scales = quantize_activations(x)
+    out = torch.nn.functional.linear(codes.float(), dequantize_reference(weight, torch.float32)) * scales
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each token, halves to even: floating [..., K] -> codes int8 [..., K], -127..127; scales float32 [..., 1].
+
+    A token's scale is the largest magnitude in it / 127; a token of zeros has codes 0.
+    """
+    x = x.float()
+    scales = x.abs().amax(-1, keepdim=True) / 127
+    codes = torch.round(x / scales.clamp(min=torch.finfo(torch.float32).tiny))
+    return codes.to(torch.int8), scales
+
+
+# ---- the operator ----------------------------------------------------------------------------------------------------
+
+
+# torch.compile does not look inside of an operator, so Triton's launchers are no graph break for it.
+@torch.library.custom_op("minigpt::int4_matmul", mutates_args=())
+def int4_matmul(
+    x: Tensor,
+    codes: Tensor,
+    scale_zeros: Tensor,
+    in_features: int,
+    group_size: int,
+    bias: Tensor | None,
+    activation_bits: int,
+) -> Tensor:
+    """`matmul` with a prepared weight, as the operator torch.ops.minigpt.int4_matmul over plain tensors and numbers."""
+    weight = PreparedWeight(codes, scale_zeros, in_features, group_size)
+    m, n = x.numel() // in_features, weight.out_features
+    if m == 0:
+        return x.new_empty((*x.shape[:-1], n))
+    lesson = REFERENCE
+    if _serves(x):
+        lesson = choose_lesson(architecture(x.device), activation_bits, m, n, in_features, group_size)
+    if lesson == REFERENCE:
+        return matmul_reference(x.contiguous(), restore(weight), bias, activation_bits)
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+        return _run(lesson, x, weight, bias)
+
+
+@int4_matmul.register_fake
+def _(x: Tensor, codes: Tensor, scale_zeros: Tensor, *_: object) -> Tensor:
+    """What comes out, without its numbers: for torch.compile."""
+    return x.new_empty((*x.shape[:-1], scale_zeros.shape[1]))
+
+
+def _serves(x: Tensor) -> bool:
+    """Whether kernels can multiply x: there are Triton and a GPU, and its tensor cores know the dtype."""
+    if not (HAS_TRITON and x.is_cuda):
+        return False
+    old = architecture(x.device).startswith("sm_7")
+    return x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not old)
+
+
+def _run(lesson: str, x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:
+    module = importlib.import_module(f"kernels.{lesson}")  # with Triton, only here
+    if lesson == "k09_split_k" and _tunes(x.device):
+        from kernels.k14_autotune import tuned_options
+
+        return module.matmul(x, weight, bias, tuned_options(module.matmul, module.candidates, x, weight))
+    return module.matmul(x, weight, bias)
+
+
+def _tunes(device: torch.device) -> bool:
+    return architecture(device) not in MEASURED or os.environ.get("MINIGPT_AUTOTUNE") == "1"

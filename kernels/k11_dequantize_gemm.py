@@ -1,0 +1,187 @@
+"""Lesson 11: many tokens. NEW: the whole weight written out once, at the speed of memory, for the vendor's matmul.
+
+Run it:  python -m kernels.k11_dequantize_gemm --check     (against float64; needs no GPU)
+         python -m kernels.k11_dequantize_gemm --bench     (on a GPU)
+
+THE IDEA. The lessons before dequantize a tile of the weight anew for every BLOCK_M tokens: at M = 2048 sixteen times.
+And then it is fed to a matmul in 200 lines of Triton, beside which the vendor's took years. So stop fusing: make the
+fp16 weight once, in memory, and call `torch.nn.functional.linear`. The memory is needed for one layer at a time.
+  Lesson 2 did this from the file's order, and had to turn its tiles through shared memory. The prepared order needs no
+turning: a thread that loads 8 neighbouring half-words, 16 bytes, holds 8 neighbouring weights of each of 4 slices,
+four stores of 16 bytes.
+
+THE PRICE, before any code. The matmul then costs what fp16 costs, and on top of it comes the round trip, the same for
+any M. For 8192 x 8192 at group size 64:
+
+    read   codes 33.6 MB, scales and zeros 4.2 MB       write   fp16 weight 134.2 MB        172 MB at 4.2 TB/s: 41 us
+    (and the matmul reads it again: 134.2 MB, which it does in fp16 too)
+
+      M            1      16     128     512    2048    8192
+      fp16         38     33      37      89     395    1580     microseconds, H200 (lesson 4; the last: 4 x 2048's)
+      + 41      0.48x  0.45x   0.47x   0.68x   0.91x   0.97x     of fp16's speed: never above 1, and ever closer
+
+It pays where a fused kernel is below this line. Lesson 8 is at 0.47x with 128 tokens, 0.54x with 512 and 0.70x with
+2048: above the line with few tokens, on it with 128, below it with more. On GPUs of before Hopper, which lesson 12's
+kernel does not run on, this is the end of the story for many tokens.
+
+WHO READS WHAT. A program makes BLOCK_N rows of BLOCKS blocks of 64 weights:
+
+    codes        [BLOCK_N, BLOCKS, 16] half-words   nibble i of half-word j of a block  ->  weight 16 i + j of the block
+    scale_zeros  [BLOCK_N, BLOCKS] words            one a row and block, or four where groups are no multiples of 64
+    w            [BLOCK_N, BLOCKS * 64] weights     four stores, one a slice: pieces of 32 bytes, 128 bytes apart, and
+                                                    the L2 cache puts each line together from four of them
+
+MEASURED on an H200 (results/k11_dequantize_gemm.json: command, versions, date; 8192 x 8192, group size 64):
+
+    M              1      16     128     512    2048
+    lesson 8      39      39      79     165     564    microseconds
+    lesson 11     98      96      97     142     444
+    of fp16    0.38x   0.35x   0.38x   0.64x   0.90x    9% of the roofline at M = 1, 91% at M = 2048
+
+(group size 128, M = 2048: 417, 0.96x). `dequantize` alone: 55 microseconds, 75% of a plain copy's bandwidth (lesson 2:
+49 and 83%). Predicted: `dequantize` in 46 microseconds and 90%; the matmul at 0.89x of fp16 at M = 2048, 0.67x at
+M = 512.
+  A surprise: the order that needs no turning is the slower one to dequantize. Why, is not known; the first suspects are
+the stores, whose pieces of 32 bytes lie 128 bytes apart, while lesson 2 turns its tiles to write long rows.
+  Tried and failed: a pointer to a scale for each half-word, which repeats. The compiler then gives neighbouring rows
+to neighbouring threads, for the scales' sake, and turns every tile through shared memory: 15 barriers, 9.0 instructions
+a weight. One pointer a block, and the tile keeps the codes' order: no shared memory at all, 6.8 instructions (compiled,
+not timed).
+
+NEXT. Lesson 12: on Hopper dequantizing can hide behind the tensor cores entirely. EXERCISE. The weight need not be
+written out whole: cut it in four along N, and each quarter, 34 MB, fits in an H200's L2 cache of 50 MB. Does the
+matmul read it from there? What do three more launches cost?
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import common
+from kernels.k00_reference import dequantize_reference, quantize_reference
+from kernels.prepared import PreparedWeight, prepare
+
+
+@triton.jit
+def dequantize_prepared_kernel(
+    codes_ptr,  # int16 [N/16, blocks, 16, 16]
+    scale_zeros_ptr,  # int32 [ceil(64 * blocks / GROUP_SIZE), N]
+    w_ptr,  # fp16, bf16 or fp32 [N, K]
+    N,
+    K,
+    blocks,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Makes a tile of BLOCK_N rows by BLOCKS blocks of 64 of the weight."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    offs_b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    in_range = (offs_n < N)[:, None] & (offs_b < blocks)[None, :]  # [BLOCK_N, BLOCKS]
+    offs_j = tl.arange(0, 16)
+
+    offs_h = offs_b[:, None] * 256 + offs_j[None, :]  # [BLOCKS, 16]
+    row_starts = (offs_n // 16).to(tl.int64) * (blocks * 256) + offs_n % 16 * 16
+    code_ptrs = codes_ptr + row_starts[:, None, None] + offs_h[None, :, :]
+    half_words = tl.load(code_ptrs, mask=in_range[:, :, None], other=0)  # [BLOCK_N, BLOCKS, 16]
+
+    # NEW: four slices, each of neighbours along K, as they must lie in w.
+    for i in tl.static_range(4):
+        if i == 0 or GROUP_SIZE % 64 != 0:  # else the block's four slices lie in one group
+            group = (offs_b * 64 + 16 * i) // GROUP_SIZE  # [BLOCKS]
+            scale_zero = tl.load(scale_zeros_ptr + group[None, :] * N + offs_n[:, None], mask=in_range, other=0)
+            scale = (scale_zero & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)[:, :, None]
+            zero = (scale_zero >> 16).to(tl.int16).to(tl.float16, bitcast=True)[:, :, None]  # 1024 + zero
+        kilo_code = (((half_words >> (4 * i)) & 0xF) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)  # 1024 + code
+        # The level is exact in fp16, the product in fp32: rounded once, whatever the dtype.
+        w = (kilo_code - zero).to(tl.float32) * scale.to(tl.float32)  # [BLOCK_N, BLOCKS, 16]
+        offs_k = offs_b[:, None] * 64 + 16 * i + offs_j[None, :]  # [BLOCKS, 16]
+        w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None, None] * K + offs_k[None, :, :]
+        tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=(offs_n < N)[:, None, None] & (offs_k < K)[None, :, :])
+
+
+def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float16) -> Tensor:
+    """The weight that the codes stand for, rounded once from the exact product.
+
+    Args:
+        weight: of [N, K], any group size, prepared.
+        dtype: float16, bfloat16 or float32.
+
+    Returns:
+        `dtype` [N, K].
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype is {dtype}, it must be float16, bfloat16 or float32")
+    n, k = weight.out_features, weight.in_features
+    w = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
+    options = launch_options()
+    grid = (triton.cdiv(n, options["BLOCK_N"]), triton.cdiv(weight.blocks, options["BLOCKS"]))
+    dequantize_prepared_kernel[grid](
+        weight.codes, weight.scale_zeros, w, n, k, weight.blocks, GROUP_SIZE=weight.group_size, **options
+    )
+    return w
+
+
+def launch_options() -> dict[str, int]:
+    """Block sizes and warps: 8 half-words a thread, so that it keeps them, and loads the scales that go with them."""
+    return {"BLOCK_N": 32, "BLOCKS": 4, "num_warps": 8}
+
+
+def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ w^T + bias: the weight written out in x's dtype, then torch's own matmul.
+
+    Args:
+        x: float16 or bfloat16 [..., K].
+        weight: of [N, K], any group size, prepared.
+        bias: [N] in x's dtype.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: naming the shape or dtype that does not fit.
+    """
+    n, k = weight.out_features, weight.in_features
+    if x.shape[-1] != k:
+        raise ValueError(f"x has shape {list(x.shape)}, its last dimension must be the weight's in_features {k}")
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"x is {x.dtype}, it must be float16 or bfloat16")
+    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
+        raise ValueError(
+            f"bias is {bias.dtype} {list(bias.shape)}, it must be {x.dtype} [{n}], as x and the weight are"
+        )
+    return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
+
+
+def check() -> Iterator[common.Check]:
+    """The weights against lesson 0's, equal bit for bit; the product against float64."""
+    for n, k, group_size in [(40, 256, 64), (17, 384, 96), (8, 1600, 1600)]:
+        packed = quantize_reference(common.random_tensor(n, k, seed=n), group_size)
+        for dtype in [*common.ACTIVATION_DTYPES, torch.float32]:
+            equal = torch.equal(dequantize(prepare(packed), dtype), dequantize_reference(packed, dtype))
+            yield f"{n} x {k}, {group_size=}, {dtype}", equal
+    yield from common.check_matmul(matmul, prepare, [(1, 40, 256, 64), (17, 33, 384, 96), (70, 130, 320, 320)])
+
+
+def bench() -> list[common.Row]:
+    """Times the shapes of a square 8192-wide layer beside torch's own fp16 matmul, and dequantizing alone (m = 0)."""
+    rows = common.bench_matmul(matmul, prepare)
+    n = k = 8192
+    for group_size in (64, 128):
+        weights = [prepare(quantize_reference(common.random_tensor(n, k, seed=i), group_size)) for i in range(3)]
+        n_bytes = 2 * n * k + weights[0].codes.nbytes + weights[0].scale_zeros.nbytes
+        time = common.microseconds(dequantize, [(w,) for w in weights])
+        share = common.floor_microseconds(n_bytes) / time
+        sizes = {"m": 0, "n": n, "k": k, "group_size": group_size}
+        rows.append({**sizes, "microseconds": time, "share_of_roofline": share})
+    return rows
+
+
+if __name__ == "__main__":
+    common.run_lesson(check, bench)

@@ -1,0 +1,238 @@
+"""Lesson 13: 8-bit activations (W4A8). NEW: integers all the way, at twice the tensor cores' rate.
+
+Run it:  python -m kernels.k13_w4a8 --check     (against float64; needs no GPU)
+         python -m kernels.k13_w4a8 --bench     (on a GPU)
+
+THE IDEA. With thousands of tokens arithmetic decides, and tensor cores multiply 8-bit numbers twice as fast as 16-bit
+ones. The weight has but 4 bits; give the activations 8: one scale a token, max |x| / 127 (activations.py). And the
+weight? Its codes are small whole numbers already, but every group has a scale of its own, and an integer sum over all
+of K wants one scale a row. So round once more: w8 = round((code - zero) * scale / row_scale), 255 levels a row where
+a group uses 16. Then the whole sum over K is exact, in int32, and two multiplications at the end undo the scales.
+
+NEW: rounding for nothing. fp16 numbers from 1024 to 2048 are 1 apart, so
+
+    fma(code - zero, scale / row_scale, 1536)
+
+rounds the product to a whole number, and leaves it, as an int8, in the low byte of 1536 + w8. Two half-words' worth
+of bytes are then picked together by one `prmt`. 15 instructions for eight weights.
+
+THE PRICE. Accuracy: activations are off by up to max |x| / 254, so for normal numbers, K = 8192, about 0.9% of their
+size, and the weight's second rounding adds about half as much: 1% together, beside the 10% that int4 weights are off
+already. Outliers cost more: one activation a hundred times the others leaves them one level. Time: at M = 2048,
+8192 x 8192 275 G operations at some 1,300 T a second and not 700, 210 microseconds; and a pass over x first: read 2
+bytes, write 1.
+
+WHO READS WHAT. As in lesson 7, out^T = w8 x8^T, with tiles of bytes:
+
+    bytes of codes [BLOCK_N, BLOCK_K / 2]       low nibbles: left operand of the first product, high: of the second
+    x8 [BLOCK_K / 2, BLOCK_M], twice            in the order that puts low nibbles' columns first (activations.py)
+
+MEASURED on an H200 (results/k13_w4a8.json: command, versions, date; 8192 x 8192, group size 128), all passes counted:
+
+    M            128     512    2048
+    lesson 13     66     132     501    microseconds (group size 64: 71, 156, 531)
+    of fp16    0.56x   0.68x   0.79x    38%, 77% and 81% of the roofline of 16-bit arithmetic
+
+Predicted: the tensor cores' 210 microseconds at M = 2048. It gains a tenth on lesson 8 (561) and no more: probably the
+tensor cores were not what it waited for. Dequantizing and multiplying still take turns, and making int8 operands costs
+more instructions than fp16 ones. Lesson 15, where they overlap, takes 262. The error came out as foretold: 0.9 to 1.4%
+(results/matmul.json).
+  A surprise, at the other end: with one token it takes 86 microseconds at group size 128, and 45 at 64
+(results/matmul.json, where lesson 10 takes 16 to 17). Few tokens are no case for it, and steps of 128 make it worse.
+
+NEXT. Lesson 14 leaves the kernels alone and chooses among their options; lesson 15 puts this idea into lesson 12's
+loop. EXERCISE. fp8 instead: a nibble in a byte is an fp8 number (e4m3) already, which? What would that save, and cost?
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import common
+from kernels.activations import quantize_activations
+from kernels.k00_reference import dequantize_reference, quantize_reference
+from kernels.prepared import BLOCK, PreparedWeight, prepare
+
+TOLERANCE = 0.02  # relative error; see THE PRICE
+
+
+@triton.jit
+def requantize(byte, word, ASM: tl.constexpr):
+    """Two codes a byte -> two int8: round((code - zero) * ratio) of the low ones, and of the high ones.
+
+    byte: int8 [BLOCK_N, BLOCK_K/2]; word: ratio_zeros of the same shape; for the assembly one word serves four bytes.
+    """
+    ratio = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    zero = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)  # 1024 + zero
+    if ASM:  # four bytes at a time; the codes of bytes 0 and 2 in one register, of 1 and 3 in another
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 shifted, e0, e1, o0, o1, offset, sixteenth, magic;
+            mov.b32 sixteenth, 0x2c002c00;
+            mov.b32 magic, 0x66006600;
+            mov.b32 offset, 0x63806380;
+            sub.f16x2 offset, offset, $5;
+            shr.u32 shifted, $2, 8;
+            lop3.b32 e0, $2, 0x000f000f, 0x64006400, 0xea;
+            lop3.b32 e1, $2, 0x00f000f0, 0x64006400, 0xea;
+            lop3.b32 o0, shifted, 0x000f000f, 0x64006400, 0xea;
+            lop3.b32 o1, shifted, 0x00f000f0, 0x64006400, 0xea;
+            sub.f16x2 e0, e0, $5;
+            sub.f16x2 o0, o0, $5;
+            fma.rn.f16x2 e1, e1, sixteenth, offset;
+            fma.rn.f16x2 o1, o1, sixteenth, offset;
+            fma.rn.f16x2 e0, e0, $3, magic;
+            fma.rn.f16x2 o0, o0, $3, magic;
+            fma.rn.f16x2 e1, e1, $3, magic;
+            fma.rn.f16x2 o1, o1, $3, magic;
+            prmt.b32 e0, e0, o0, 0x6240;
+            prmt.b32 $1, e1, o1, 0x6240;
+            mov.b32 $0, e0;
+            }""",
+            "=r,=r,r,r,r,r,r",
+            [byte, ratio, zero],
+            dtype=(tl.int8, tl.int8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        zero = zero.to(tl.float32) - 1024.0
+        ratio = ratio.to(tl.float32)
+        low = (((byte & 0xF).to(tl.float32) - zero) * ratio + 12582912.0 - 12582912.0).to(tl.int8)
+        high = ((((byte >> 4) & 0xF).to(tl.float32) - zero) * ratio + 12582912.0 - 12582912.0).to(tl.int8)
+    return low, high
+
+
+@triton.jit
+def w4a8_kernel(
+    x8_ptr,  # int8 [M, 64 * blocks]
+    token_scales_ptr,  # fp32 [M]
+    codes_ptr,  # int8 [N/16, blocks, 16, 32]: the bytes of the half-words
+    ratio_zeros_ptr,  # int32 [groups, N]: fp16 scale / row_scale, fp16 1024 + zero
+    row_scales_ptr,  # fp32 [N]
+    bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
+    out_ptr,  # fp16 or bf16 [M, N]
+    M,
+    N,
+    blocks,
+    HAS_BIAS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Makes a tile [BLOCK_M, BLOCK_N] of x @ w^T + bias, transposed."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_in_band = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first_m = pid // tiles_in_band * GROUP_M
+    band_height = tl.minimum(tiles_m - first_m, GROUP_M)
+    pid_m = first_m + pid % tiles_in_band % band_height
+    pid_n = pid % tiles_in_band // band_height
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    rows_m = tl.minimum(offs_m, M - 1)
+    rows_n = tl.minimum(offs_n, N - 1)
+    b = tl.arange(0, BLOCK_K // 2)  # bytes of a step
+    row_starts = (rows_n // 16).to(tl.int64) * (blocks * 512) + rows_n % 16 * 32
+    codes_ptrs = codes_ptr + row_starts[:, None] + (b // 32 * 512 + b % 32)[None, :]  # [BLOCK_N, BLOCK_K/2]
+    x8_ptrs = x8_ptr + rows_m.to(tl.int64)[None, :] * (blocks * 64) + (b // 32 * 64 + b % 32)[:, None]
+    column = b // 32 * 64 + b % 2 * 32 + b % 32 // 2  # of the low nibbles; the high ones' lie 16 further
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    for k in range(0, blocks * 64, BLOCK_K):
+        byte = tl.load(codes_ptrs + k // 64 * 512)
+        if GROUP_SIZE % BLOCK_K == 0:  # a ratio and a zero for the whole step
+            word = tl.load(ratio_zeros_ptr + k // GROUP_SIZE * N + rows_n)[:, None].broadcast_to(byte.shape)
+            low, high = requantize(byte, word, ASM)
+        else:  # one for each byte's low nibble, and one for its high one
+            word_ptrs = ratio_zeros_ptr + rows_n[:, None]
+            low, _ = requantize(byte, tl.load(word_ptrs + ((k + column) // GROUP_SIZE * N)[None, :]), False)
+            _, high = requantize(byte, tl.load(word_ptrs + ((k + column + 16) // GROUP_SIZE * N)[None, :]), False)
+        acc = tl.dot(low, tl.load(x8_ptrs + k), acc, out_dtype=tl.int32)
+        acc = tl.dot(high, tl.load(x8_ptrs + k + 32), acc, out_dtype=tl.int32)
+
+    out = acc.to(tl.float32) * tl.load(token_scales_ptr + rows_m)[None, :]
+    out *= tl.load(row_scales_ptr + rows_n)[:, None]
+    if HAS_BIAS:
+        out += tl.load(bias_ptr + rows_n).to(tl.float32)[:, None]
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+def launch_options(m: int, group_size: int) -> dict[str, int]:
+    """Block sizes, warps and stages for m tokens."""
+    block_k = 128 if group_size % 128 == 0 else BLOCK
+    if m <= 64:
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
+
+
+def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ w^T + bias with an int4 weight and int8 activations, summed exactly in int32.
+
+    Args:
+        x: float16 or bfloat16 [..., K]; quantized to int8 on the way, a scale a token.
+        weight: of [N, K], any group size.
+        bias: floating [N].
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: naming the shape or dtype that does not fit.
+    """
+    n, k = weight.out_features, weight.in_features
+    common.check_operands(x, k, bias, n)
+    x_2d = x.reshape(-1, k).contiguous()
+    m = x_2d.shape[0]
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if m == 0:
+        return out.view(*x.shape[:-1], n)
+    x8, token_scales, ratio_zeros, row_scales = quantize_activations(x_2d, weight)
+    options = launch_options(m, weight.group_size)
+    grid = (triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"]),)
+    w4a8_kernel[grid](
+        x8,
+        token_scales,
+        weight.codes.view(torch.int8),
+        ratio_zeros,
+        row_scales,
+        bias,
+        out,
+        m,
+        n,
+        weight.blocks,
+        HAS_BIAS=bias is not None,
+        GROUP_SIZE=weight.group_size,
+        GROUP_M=8,
+        ASM=common.ON_NVIDIA,
+        **options,
+    )
+    return out.view(*x.shape[:-1], n)
+
+
+def check() -> Iterator[common.Check]:
+    """The kernel's product against float64, with the same int4 weight and the activations as they were."""
+    for m, n, k, group_size in [(1, 40, 512, 64), (17, 33, 384, 96), (70, 130, 256, 128), (5, 9, 80, 16)]:
+        for dtype in common.ACTIVATION_DTYPES:
+            packed = quantize_reference(common.random_tensor(n, k, seed=1), group_size)
+            x = common.random_tensor(m, k, dtype=dtype, seed=2)
+            expected = x.double() @ dequantize_reference(packed, torch.float32).double().t()
+            error = common.relative_error(matmul(x, prepare(packed)), expected)
+            yield f"{m} x {n} x {k}, {group_size=}, {dtype}, relative error {error:.1e}", error < TOLERANCE
+
+
+def bench() -> list[common.Row]:
+    """Times the shapes of a square 8192-wide layer beside torch's own fp16 matmul."""
+    return common.bench_matmul(matmul, prepare, tokens=(128, 512, 2048))
+
+
+if __name__ == "__main__":
+    common.run_lesson(check, bench)

@@ -1,0 +1,209 @@
+"""The kernels that programs use, lessons 9, 10, 12, 13 and 15, against float64; and the layout that they read."""
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is for Linux only")
+
+from kernels import common, k09_split_k, k10_gemv, k12_hopper, k13_w4a8, k15_w4a8_hopper  # noqa: E402
+from kernels.activations import quantize_activations  # noqa: E402
+from kernels.k00_reference import dequantize_reference, quantize_reference  # noqa: E402
+from kernels.parts import add_up  # noqa: E402
+from kernels.prepared import prepare, restore  # noqa: E402
+
+# (n, k, group size): odd n, k that is no multiple of 64 or 128, every kind of group: shorter than a slice's block,
+# as long as a step, cutting blocks in the middle, whole rows.
+SHAPES = [
+    *((9, max(512, 2 * group_size), group_size) for group_size in (16, 32, 64, 128, 256, 1024)),
+    (3, 1600, 64),
+    (40, 1600, 1600),
+    (33, 384, 96),
+    (8, 176, 176),
+    (1, 16, 16),
+    (70, 80, 80),
+]
+HOPPER = pytest.param(k12_hopper, marks=pytest.mark.gpu), pytest.param(k15_w4a8_hopper, marks=pytest.mark.gpu)
+needs_hopper = pytest.mark.skipif(not k12_hopper.available(common.DEVICE), reason="needs a Hopper GPU (H100, H200)")
+
+
+def problem(m, n, k, group_size, symmetric=False, dtype=torch.float16):
+    """x, the prepared weight, a bias, and x @ w^T + bias in float64."""
+    packed = quantize_reference(torch.randn(n, k, device=common.DEVICE), group_size, symmetric)
+    x = torch.randn(m, k, device=common.DEVICE).to(dtype)
+    bias = torch.randn(n, device=common.DEVICE).to(dtype)
+    expected = x.double() @ dequantize_reference(packed, torch.float32).double().t() + bias.double()
+    return x, prepare(packed), bias, expected
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_prepare_and_back(n, k, group_size, symmetric):
+    packed = quantize_reference(torch.randn(n, k), group_size, symmetric)
+    prepared = prepare(packed)
+    assert (prepared.out_features, prepared.in_features, prepared.group_size) == (n, k, group_size)
+    assert all(torch.equal(back, there) for back, there in zip(restore(prepared), packed, strict=True))
+
+
+def test_prepared_codes_lie_where_the_picture_says():
+    packed = quantize_reference(torch.randn(40, 192), 64)
+    codes = prepare(packed).codes
+    levels = dequantize_reference(packed, torch.float32) / packed.scales.repeat_interleave(64, 0).t().float()
+    for n, k in [(0, 0), (17, 64), (39, 191), (5, 100), (31, 47)]:
+        block, column = divmod(k, 64)
+        nibble, half_word = divmod(column, 16)
+        zero = (int(prepare(packed).scale_zeros[block, n]) >> 16) & 0xFFFF
+        code = (int(codes[n // 16, block, n % 16, half_word]) >> (4 * nibble)) & 0xF
+        assert code - (zero - 0x6400) == round(levels[n, k].item())  # 0x6400: fp16's 1024, and steps of 1 from there
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+@pytest.mark.parametrize("m", [1, 19])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
+def test_split_k(canary, m, n, k, group_size, symmetric, dtype):
+    x, weight, bias, expected = problem(m, n, k, group_size, symmetric, dtype)
+    canary.outputs.clear()
+    out = k09_split_k.matmul(x, weight, bias)
+    canary.check()
+    assert common.relative_error(out, expected) < common.tolerance(dtype)
+
+
+@pytest.mark.parametrize("split", [1, 2, 3, 8])
+def test_split_k_gives_the_same_bits_every_time(canary, split):
+    """Eight parts of five steps leave some without any: they must add zeros, not what lies in memory."""
+    x, weight, bias, expected = problem(5, 40, 320, 64)
+    options = {**k09_split_k.launch_options(5, 40, 320, 64), "SPLIT_K": split}
+    first, second = (k09_split_k.matmul(x, weight, bias, options) for _ in range(2))
+    assert torch.equal(first, second)
+    assert common.relative_error(first, expected) < common.tolerance(torch.float16)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(2, 512, 2048), (16, 8192, 8192), (200, 2048, 8192), (4096, 768, 768)])
+def test_candidates_begin_with_the_default_and_differ(m, n, k):
+    candidates = k09_split_k.candidates(m, n, k, 128)
+    assert candidates[0] == k09_split_k.launch_options(m, n, k, 128)
+    assert len({tuple(sorted(options.items())) for options in candidates}) == len(candidates) >= 3
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [*SHAPES, (5, 8192, 128)])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
+def test_gemv(canary, n, k, group_size, symmetric, dtype):
+    x, weight, bias, expected = problem(1, n, k, group_size, symmetric, dtype)
+    canary.outputs.clear()
+    out = k10_gemv.matmul(x, weight, bias)
+    canary.check()
+    assert common.relative_error(out, expected) < common.tolerance(dtype)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 4000.0])
+@pytest.mark.parametrize("lesson", [k09_split_k, k10_gemv])
+def test_small_and_large_activations(lesson, scale):
+    """fp16 holds numbers from 6e-8 to 65504; products of codes and activations may leave that, the sums must not."""
+    packed = quantize_reference(torch.randn(24, 256, device=common.DEVICE) * 0.01, 64)
+    x = (torch.randn(1, 256, device=common.DEVICE) * scale).half()
+    expected = x.double() @ dequantize_reference(packed, torch.float32).double().t()
+    error = common.relative_error(lesson.matmul(x, prepare(packed)), expected)
+    assert error < (3e-2 if scale < 1 else common.tolerance(torch.float16))  # 1e-4's output has few fp16 digits itself
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES)
+@pytest.mark.parametrize("m", [1, 19])
+@pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
+def test_w4a8(canary, m, n, k, group_size, dtype):
+    x, weight, bias, expected = problem(m, n, k, group_size, dtype=dtype)
+    canary.outputs.clear()
+    out = k13_w4a8.matmul(x, weight, bias)
+    canary.check()
+    error = (out.double() - expected).norm() / (expected - bias.double()).norm()
+    assert error < 1.5 * k13_w4a8.TOLERANCE  # short rows average over less
+
+
+@pytest.mark.parametrize(("m", "n", "k", "group_size"), [(5, 40, 320, 64), (3, 130, 176, 16), (1, 7, 64, 64)])
+def test_quantize_activations(m, n, k, group_size):
+    x, weight, _, _ = problem(m, n, k, group_size)
+    x[0] = 0
+    x8, token_scales, ratio_zeros, row_scales = quantize_activations(x, weight)
+    # Back to the order of columns: position 32 s + 2 j + p of a block holds column 16 (2 p + s) + j.
+    s, j, p = (torch.arange(64) // 32, torch.arange(64) % 32 // 2, torch.arange(64) % 2)
+    columns = torch.empty_like(x8.view(m, -1, 64))
+    columns[:, :, 16 * (2 * p + s) + j] = x8.view(m, -1, 64)
+    columns = columns.reshape(m, -1)
+    assert (columns[0] == 0).all() and (columns[:, k:] == 0).all()
+    assert torch.allclose(token_scales, x.float().abs().amax(1) / 127, rtol=1e-6)
+    assert ((columns[:, :k] * token_scales[:, None] - x.float()).abs() <= 0.5001 * token_scales[:, None]).all()
+
+    packed = restore(weight)
+    w = dequantize_reference(packed, torch.float32)
+    assert (w.abs().amax(1) <= row_scales * 127 * 1.0001).all()
+    ratios = (ratio_zeros & 0xFFFF).to(torch.int16).view(torch.float16)[: k // group_size]
+    assert torch.allclose(ratios.float() * row_scales, packed.scales.float(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("parts", [2, 7])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 33), (40, 300)])
+def test_add_up(canary, parts, m, n):
+    terms = torch.randn(parts, m, n, device=common.DEVICE)
+    bias = torch.randn(n, device=common.DEVICE)
+    out = torch.empty(m, n, dtype=torch.float16, device=common.DEVICE)
+    add_up(terms, bias, out)
+    assert common.relative_error(out, terms.double().sum(0) + bias.double()) < common.tolerance(torch.float16)
+    add_up(terms, None, out)
+    assert common.relative_error(out, terms.double().sum(0)) < common.tolerance(torch.float16)
+
+
+@needs_hopper
+@pytest.mark.parametrize("lesson", HOPPER)
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(9, 512, 64), (3, 1600, 64), (40, 1600, 1600), (33, 384, 128), (300, 4096, 4096)]
+)
+@pytest.mark.parametrize("m", [1, 19, 70, 300])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
+def test_on_hopper(canary, lesson, m, n, k, group_size, symmetric, dtype):
+    x, weight, bias, expected = problem(m, n, k, group_size, symmetric, dtype)
+    canary.outputs.clear()
+    out = lesson.matmul(x, weight, bias)
+    canary.check()
+    error = (out.double() - expected).norm() / (expected - bias.double()).norm()
+    assert error < (common.tolerance(dtype) * 1.5 if lesson is k12_hopper else k15_w4a8_hopper.TOLERANCE * 1.5)
+
+
+@needs_hopper
+@pytest.mark.parametrize("lesson", HOPPER)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(2048, 2048, 2048), (512, 2048, 8192), (128, 8192, 8192), (1000, 12800, 1600)]
+)
+def test_every_tile_height_on_hopper(canary, lesson, m, n, k):
+    x, weight, bias, expected = problem(m, n, k, 64)
+    canary.outputs.clear()
+    first, second = lesson.matmul(x, weight, bias), lesson.matmul(x, weight, bias)
+    canary.check()
+    assert torch.equal(first, second)
+    assert common.relative_error(first, expected) < (1e-3 if lesson is k12_hopper else k15_w4a8_hopper.TOLERANCE)
+
+
+@pytest.mark.parametrize("lesson", [k09_split_k, k10_gemv, k12_hopper, k13_w4a8, k15_w4a8_hopper])
+def test_launchers_name_what_does_not_fit(lesson):
+    x, weight, bias, _ = problem(1, 24, 128, 32)
+    with pytest.raises(ValueError, match="in_features 128"):
+        lesson.matmul(x[:, :64], weight)
+    with pytest.raises(ValueError, match="float32"):
+        lesson.matmul(x.float(), weight)
+    with pytest.raises(ValueError, match=r"bias has shape \[23\]"):
+        lesson.matmul(x, weight, bias[:23])
+    if lesson is k10_gemv:
+        with pytest.raises(ValueError, match="one token"):
+            lesson.matmul(x.expand(2, 128), weight)
+    if lesson in (k12_hopper, k15_w4a8_hopper):
+        with pytest.raises(ValueError, match="group_size is 32"):
+            lesson.matmul(x, weight)
+
+
+@pytest.mark.parametrize("lesson", [k09_split_k, k13_w4a8])
+def test_no_tokens_and_odd_addresses(lesson):
+    x, weight, bias, expected = problem(3, 24, 128, 32)
+    assert lesson.matmul(x[:0], weight, bias).shape == (0, 24)
+    shifted = torch.empty(3 * 128 + 1, dtype=torch.float16, device=common.DEVICE)[1:].view(3, 128)
+    shifted.copy_(x)
+    assert torch.equal(lesson.matmul(shifted, weight, bias), lesson.matmul(x, weight, bias))

@@ -1,0 +1,164 @@
+"""Lessons 9, 10, 12, 13 and 15, compiled ahead of time for GPUs that are not here.
+
+This file runs itself as a program of its own, because the interpreter, in which the other tests run the kernels, is
+chosen for a whole process.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+NVIDIA = (75, 80, 86, 89, 90, 100, 120)
+AMD = ("gfx942",)
+SHARED_MEMORY = 227 * 1024  # bytes a block may use on Hopper
+
+
+def plain_variants(arch):
+    """The kernels that run on any GPU, with the sizes and options that their launchers use there."""
+    from kernels import k09_split_k, k10_gemv, k13_w4a8
+
+    nvidia = arch not in AMD
+    extras = {"HAS_BIAS": True, "ASM": nvidia, "PDL": nvidia and arch >= 90}
+    weight = {"codes_ptr": "i16", "scale_zeros_ptr": "i32"}
+    for dtype in ("fp16", "bf16") if nvidia and arch >= 80 else ("fp16",):
+        for m, n, k, group_size in ((16, 2048, 2048, 128), (16, 8192, 1600, 32), (128, 8192, 8192, 64)):
+            options = {**extras, **k09_split_k.launch_options(m, n, k, group_size)}
+            options |= {"GROUP_SIZE": group_size, "GROUP_M": 8, "EVEN_K": k % 64 == 0}
+            out = "fp32" if options["SPLIT_K"] > 1 else dtype
+            pointers = {"x_ptr": dtype, **weight, "bias_ptr": dtype, "out_ptr": out}
+            yield k09_split_k.split_k_kernel, pointers, ("M", "N", "K", "blocks"), options
+        for n, k, group_size in ((8192, 8192, 128), (2048, 8192, 64), (768, 768, 32)):
+            options = {**extras, **k10_gemv.launch_options(n, k), "GROUP_SIZE": group_size, "BF16": dtype == "bf16"}
+            pointers = {
+                "x_ptr": "i32",
+                "codes_ptr": "i32",
+                "scale_zeros_ptr": "i32",
+                "bias_ptr": dtype,
+                "out_ptr": dtype,
+            }
+            yield k10_gemv.gemv_kernel, pointers, ("N", "K", "blocks"), options
+        if arch != 75:  # its tensor cores multiply 8-bit numbers in a way that Triton does not know
+            options = {**extras, **k13_w4a8.launch_options(512, 128), "GROUP_SIZE": 128, "GROUP_M": 8}
+            pointers = {"x8_ptr": "i8", "token_scales_ptr": "fp32", "codes_ptr": "i8", "ratio_zeros_ptr": "i32"}
+            pointers |= {"row_scales_ptr": "fp32", "bias_ptr": dtype, "out_ptr": dtype}
+            yield k13_w4a8.w4a8_kernel, pointers, ("M", "N", "blocks"), options
+
+
+def hopper_variants():
+    """The Gluon kernels: kernel, dtype of x's tiles, their height, other pointers, options."""
+    from kernels import k12_hopper, k15_w4a8_hopper
+
+    extras = {"HAS_BIAS": True, "BLOCK_N": 128, "GROUP_M": 8}
+    for dtype in ("fp16", "bf16"):
+        for height, split, stages in ((256, 1, 4), (128, 2, 8), (64, 4, 8)):
+            pointers = {"codes_ptr": "i16", "scale_zeros_ptr": "i32", "bias_ptr": dtype}
+            pointers["out_ptr"] = "fp32" if split > 1 else dtype
+            options = {**extras, "GROUP_SIZE": 128, "SPLIT_K": split, "STAGES": stages, "num_warps": 8}
+            yield k12_hopper.hopper_kernel, dtype, height, pointers, options
+    for height, stages in ((256, 4), (128, 8), (64, 8)):
+        pointers = {"token_scales_ptr": "fp32", "codes_ptr": "i16", "ratio_zeros_ptr": "i32", "row_scales_ptr": "fp32"}
+        options = {**extras, "GROUP_SIZE": 64, "STAGES": stages, "num_warps": 4}
+        yield (
+            k15_w4a8_hopper.w4a8_hopper_kernel,
+            "i8",
+            height,
+            {**pointers, "bias_ptr": "fp16", "out_ptr": "fp16"},
+            options,
+        )
+
+
+def compile_for_hopper(kernel, dtype, height, pointers, options):
+    import triton
+    from compile_kernels import resource_usage
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    element = {"fp16": gl.float16, "bf16": gl.bfloat16, "i8": gl.int8}[dtype]
+    layout = gl.NVMMASharedLayout.get_default_for([height, 64], element)
+    types = {"x_desc": f"tensordesc<{dtype}[{height}, 64],{layout!r}>"}
+    types |= {name: f"*{pointed}" for name, pointed in pointers.items()}
+    types |= dict.fromkeys(("M", "N", "blocks"), "i32") | dict.fromkeys(options, "constexpr")
+    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N")}
+    signature = {name: types[name] for name in kernel.arg_names}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=options, attrs=divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["num_warps"]})
+    ptx = compiled.asm["ptx"]
+    return {
+        "kernel": kernel.__name__,
+        "dtype": dtype,
+        "height": height,
+        **resource_usage(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "left_in_registers": len(re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, \{", ptx)),
+        "left_in_shared_memory": len(re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, %", ptx)),
+        "waits_with_one_in_flight": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+1", ptx)),
+        "copies_by_the_copy_engine": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
+    }
+
+
+def compile_plain(kernel, pointers, integers, options, arch):
+    import triton
+    from compile_kernels import compile_kernel
+
+    if arch not in AMD:
+        return compile_kernel(kernel, pointers, integers, options, arch)
+    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
+    types = {name: f"*{pointed}" for name, pointed in pointers.items()}
+    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types[name] for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = triton.backends.compiler.GPUTarget("hip", arch, 64)
+    launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+    return {
+        "kernel": kernel.__name__,
+        "arch": arch,
+        "bytes": len(triton.compile(source, target=target, options=launch).kernel),
+    }
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    from conftest import ROOT
+
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_every_gpu_gets_its_kernels(compiled):
+    for arch in (*NVIDIA, *AMD):
+        kernels = {result["kernel"] for result in compiled["plain"] if result["arch"] == arch}
+        assert kernels == {"split_k_kernel", "gemv_kernel"} | ({"w4a8_kernel"} if arch != 75 else set())
+
+
+def test_nothing_spills(compiled):
+    """A few words on the stack are the assembler's own; spilled registers are more."""
+    for result in compiled["plain"]:
+        assert result.get("stack", 0) <= 32, result
+    for result in compiled["hopper"]:
+        assert result["stack"] <= 32 and result["shared"] <= SHARED_MEMORY, result
+
+
+def test_the_weight_goes_to_the_tensor_cores_from_registers(compiled):
+    for result in compiled["hopper"]:
+        assert result["left_in_registers"] > 0 and result["left_in_shared_memory"] == 0, result
+        assert result["copies_by_the_copy_engine"] > 0, result
+
+
+def test_lesson_12_waits_for_the_product_before_the_last(compiled):
+    for result in compiled["hopper"]:
+        assert (result["waits_with_one_in_flight"] > 0) == (result["kernel"] == "hopper_kernel"), result
+
+
+if __name__ == "__main__":
+    plain = [compile_plain(*variant, arch) for arch in (*NVIDIA, *AMD) for variant in plain_variants(arch)]
+    print(json.dumps({"plain": plain, "hopper": [compile_for_hopper(*variant) for variant in hopper_variants()]}))
