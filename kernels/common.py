@@ -38,6 +38,11 @@ def can_launch_early() -> bool:
     return ON_NVIDIA and torch.cuda.get_device_capability(DEVICE)[0] >= 9
 
 
+def is_hopper(device: torch.device) -> bool:
+    """Whether `device` has wgmma and can run lessons 12 and 15: Hopper only, as wgmma came with it and went with it."""
+    return ON_NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def check_operands(x: Tensor, in_features: int, bias: Tensor | None, out_features: int) -> None:
     """Raises ValueError unless x is float16 or bfloat16 [..., in_features] and bias, if any, [out_features]."""
     if x.shape[-1] != in_features:

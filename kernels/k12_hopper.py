@@ -35,8 +35,8 @@ MEASURED on an H200 (results/k12_hopper.json: command, versions, date; 8192 x 81
     lesson 12     42      95     393    microseconds (group size 64: 42, 101, 400)
     of fp16    0.89x   0.95x   0.97x    60%, 107% and 103% of the roofline
 
-Predicted: fp16's speed at M = 2048, 350 to 400 microseconds. In results/matmul.json, of the same day, it took 366
-where fp16 took 394, 1.08x; fp16 itself took 354 to 404 in the lessons' benches. Call it equal.
+Predicted: fp16's speed at M = 2048, 350 to 400 microseconds. In results/matmul.json, of the same day, it took 382
+where fp16 took 401, 1.05x; fp16 itself took 354 to 404 in the lessons' benches. Call it equal.
   A surprise: more than all of the roofline. Its ceiling is a product of 8192 x 8192 x 8192 repeated for a tenth of a
 second; a kernel is timed in bursts of a millisecond. Probably the GPU lowers its clock within the longer time.
   Tried and failed, at M = 2048 (results/attempts.json). One warpgroup's dequantizing beside the other's multiplying,
@@ -305,13 +305,6 @@ def hopper_kernel(
     )
 
 
-def available(device: torch.device) -> bool:
-    """Whether the kernel runs on `device`: Hopper only, as wgmma came with it and went with it."""
-    return (
-        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) == (9, 0)
-    )
-
-
 def launch_options(m: int, n: int, k: int) -> dict[str, int] | None:
     """The tallest tiles that still make enough programs for the machine; None where none do, and lesson 9 is better."""
     for block_m in (256, 128, 64):
@@ -342,7 +335,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     common.check_operands(x, k, bias, n)
     if weight.group_size % BLOCK:
         raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {BLOCK}")
-    if not available(x.device):
+    if not common.is_hopper(x.device):
         raise ValueError(f"x is on {x.device}, this kernel needs a Hopper GPU (H100, H200)")
     x_2d = x.reshape(-1, k).contiguous()
     if x_2d.data_ptr() % 16:
@@ -387,7 +380,7 @@ def describe(x: Tensor, block_m: int) -> TensorDescriptor:
 
 def check() -> Iterator[common.Check]:
     """The kernel's product against float64, where there is a Hopper GPU."""
-    if not available(common.DEVICE):
+    if not common.is_hopper(common.DEVICE):
         yield "wgmma needs a Hopper GPU (H100, H200), and this machine has none", None
         return
     shapes = [(1, 40, 512, 64), (130, 200, 1600, 320), (300, 4096, 4096, 128), (513, 1000, 2048, 2048)]

@@ -35,10 +35,11 @@ MEASURED on an H200 (results/k13_w4a8.json: command, versions, date; 8192 x 8192
 
 Predicted: the tensor cores' 210 microseconds at M = 2048. It gains a tenth on lesson 8 (561) and no more: probably the
 tensor cores were not what it waited for. Dequantizing and multiplying still take turns, and making int8 operands costs
-more instructions than fp16 ones. Lesson 15, where they overlap, takes 262. The error came out as foretold: 0.9 to 1.4%
+more instructions than fp16 ones. Lesson 15, where they overlap, takes 262. The error came out as foretold: 1.0 to 1.5%
 (results/matmul.json).
-  A surprise, at the other end: with one token it takes 86 microseconds at group size 128, and 45 at 64
-(results/matmul.json, where lesson 10 takes 16 to 17). Few tokens are no case for it, and steps of 128 make it worse.
+  A surprise, at the other end: with one token it took 87 microseconds at group size 128, in steps of 128 along K, and
+43 at 64, in steps of 64 (results/matmul.json, where lesson 10 takes 17 to 18). Few tokens are no case for it; the
+launcher has taken steps of 64 for them since.
 
 NEXT. Lesson 14 leaves the kernels alone and chooses among their options; lesson 15 puts this idea into lesson 12's
 loop. EXERCISE. fp8 instead: a nibble in a byte is an fp8 number (e4m3) already, which? What would that save, and cost?
@@ -168,9 +169,9 @@ def w4a8_kernel(
 
 def launch_options(m: int, group_size: int) -> dict[str, int]:
     """Block sizes, warps and stages for m tokens."""
-    block_k = 128 if group_size % 128 == 0 else BLOCK
     if m <= 64:
-        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 4}
+        return {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": BLOCK, "num_warps": 4, "num_stages": 4}
+    block_k = 128 if group_size % 128 == 0 else BLOCK
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": block_k, "num_warps": 8, "num_stages": 3}
 
 

@@ -30,7 +30,7 @@ counted:
     lesson 15     41      72     262    microseconds (group size 64: 42, 81, 274)
     of fp16    0.92x   1.24x   1.48x    62%, 141% and 155% of the roofline of 16-bit arithmetic
 
-Of 8-bit arithmetic's roofline it is 76% at M = 2048 (results/matmul.json). Predicted: half of fp16's time
+Of 8-bit arithmetic's roofline it is 75% at M = 2048 (results/matmul.json). Predicted: half of fp16's time
 and the 12 microseconds of the pass over x, 206. A fifth of what was measured is not accounted for.
   A surprise: at M = 128 half the clocks save next to nothing, as lesson 12 takes 42. And from 128 tokens on no matrix
 is so small as to take less than 12.7 microseconds (results/matmul.json), probably for the launch ahead, which reads x
@@ -323,13 +323,6 @@ def w4a8_hopper_kernel(
     )
 
 
-def available(device: torch.device) -> bool:
-    """Whether the kernel runs on `device`: Hopper only, as wgmma came with it and went with it."""
-    return (
-        device.type == "cuda" and torch.version.cuda is not None and torch.cuda.get_device_capability(device) == (9, 0)
-    )
-
-
 def block_m(m: int, n: int) -> int:
     """The tallest tiles that still make enough programs for the machine."""
     for height in (256, 128):
@@ -356,7 +349,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     common.check_operands(x, k, bias, n)
     if weight.group_size % BLOCK:
         raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {BLOCK}")
-    if not available(x.device):
+    if not common.is_hopper(x.device):
         raise ValueError(f"x is on {x.device}, this kernel needs a Hopper GPU (H100, H200)")
     x_2d = x.reshape(-1, k).contiguous()
     m = x_2d.shape[0]
@@ -390,7 +383,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
 
 def check() -> Iterator[common.Check]:
     """The kernel's product against float64, where there is a Hopper GPU."""
-    if not available(common.DEVICE):
+    if not common.is_hopper(common.DEVICE):
         yield "wgmma needs a Hopper GPU (H100, H200), and this machine has none", None
         return
     for m, n, k, group_size in [

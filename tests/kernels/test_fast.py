@@ -23,7 +23,7 @@ SHAPES = [
     (70, 80, 80),
 ]
 HOPPER = pytest.param(k12_hopper, marks=pytest.mark.gpu), pytest.param(k15_w4a8_hopper, marks=pytest.mark.gpu)
-needs_hopper = pytest.mark.skipif(not k12_hopper.available(common.DEVICE), reason="needs a Hopper GPU (H100, H200)")
+needs_hopper = pytest.mark.skipif(not common.is_hopper(common.DEVICE), reason="needs a Hopper GPU (H100, H200)")
 
 
 def problem(m, n, k, group_size, symmetric=False, dtype=torch.float16):
