@@ -70,6 +70,7 @@ from kernels.parts import add_up
 from kernels.prepared import BLOCK, PreparedWeight, prepare
 
 BLOCK_N = 128  # 64 outputs for each of two warpgroups
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
 
 
 @gluon.jit
@@ -118,7 +119,7 @@ def producer(x_desc, x_tiles, full, empty, row, first, steps, STAGES: gl.constex
         # A barrier's phases alternate. A stage is empty for the first time in phase 1: before anyone used it.
         mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
         mbarrier.expect(full.index(stage), x_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(x_desc, [row, (first + step) * 64], full.index(stage), x_tiles.index(stage))
+        load_tile(x_desc, [row, (first + step) * 64], full.index(stage), x_tiles.index(stage))
 
 
 @gluon.jit
@@ -226,6 +227,8 @@ def consumer(
     acc = multiply(
         x_tiles, full, empty, codes_ptr, scale_zeros_ptr, rows, first, steps, blocks, N, GROUP_SIZE, STAGES, mma
     )
+    # These warps wait, too, before they write: the memory may have been another's until the kernel before ended.
+    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     store(acc, bias_ptr, out_ptr + part.to(gl.int64) * M * N, pid_m, pid_n, M, N, HAS_BIAS, num_warps)
 
 

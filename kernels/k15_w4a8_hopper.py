@@ -65,6 +65,7 @@ from kernels.k00_reference import dequantize_reference, quantize_reference
 from kernels.prepared import BLOCK, PreparedWeight, prepare
 
 BLOCK_N = 128  # 64 outputs for each of two warpgroups
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
 TOLERANCE = 0.02  # relative error, as in lesson 13
 
 
@@ -148,7 +149,7 @@ def producer(x_desc, x_tiles, full, empty, row, steps, STAGES: gl.constexpr):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
         mbarrier.expect(full.index(stage), x_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(x_desc, [row, step * 64], full.index(stage), x_tiles.index(stage))
+        load_tile(x_desc, [row, step * 64], full.index(stage), x_tiles.index(stage))
 
 
 @gluon.jit
