@@ -47,7 +47,7 @@ bench: $(SETUP) ## measure all lessons, and the matmul over shapes, on this mach
 		--json results/matmul_gpt2.json
 	$(BIN)/python -m kernels.bench quantization
 
-plots: $(SETUP) ## draw results/matmul.png and results/quantization.png (.venv/bin/pip install matplotlib first)
+plots: $(SETUP_DEV) ## draw results/matmul.png and results/quantization.png
 	$(BIN)/python -m kernels.bench plots
 
 readme: $(SETUP) ## write the tables of README.md and kernels/README.md anew from results/

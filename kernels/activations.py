@@ -11,8 +11,6 @@ two nibbles; masking out the low ones of a whole tile gives one operand, the hig
     position 32 s + 2 j + p      holds column 16 (2 p + s) + j      s = low or high nibble, j = half-word, p = its byte
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -107,7 +105,6 @@ def quantize_activations(x: Tensor, weight: PreparedWeight) -> tuple[Tensor, Ten
     ratio_zeros = torch.empty(weight.scale_zeros.shape, dtype=torch.int32, device=x.device)
     row_scales = torch.empty(n, dtype=torch.float32, device=x.device)
     block_k = max(BLOCK, triton.next_power_of_2(width))
-    pdl: dict[str, Any] = {"launch_pdl": True} if common.can_launch_early() else {}
     quantize_kernel[(m + triton.cdiv(n, ROWS),)](
         x,
         weight.scale_zeros,
@@ -123,8 +120,7 @@ def quantize_activations(x: Tensor, weight: PreparedWeight) -> tuple[Tensor, Ten
         BLOCK_K=block_k,
         ROWS=ROWS,
         GROUPS=triton.next_power_of_2(weight.scale_zeros.shape[0]),
-        PDL=bool(pdl),
         num_warps=min(16, max(4, block_k // 1024)),
-        **pdl,
+        **common.early_launch(),
     )
     return x8, token_scales, ratio_zeros, row_scales

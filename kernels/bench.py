@@ -375,10 +375,8 @@ def main() -> None:
         if not rows:
             parser.error("nothing to measure: no group size fits any of the shapes")
         print_matmul(rows)
-        print(
-            f"\nceilings of this run: {common.copy_bandwidth() / 1e9:.0f} GB/s copied, "
-            f"{common.matmul_rate() / 1e12:.0f} TFLOP/s fp16"
-        )
+        print()
+        common.print_ceilings()
         common.save_json(args.json, rows)
 
 

@@ -142,18 +142,7 @@ def bench() -> list[common.Row]:
         x = common.random_tensor(m, k, seed=9)
         time = common.microseconds(matmul, [(x, w) for w in weights])
         fp16 = common.microseconds(torch.nn.functional.linear, [(x, w) for w in weights])
-        floor = common.floor_microseconds(2 * (m * k + n * k + m * n), 2 * m * n * k)
-        rows.append(
-            {
-                "m": m,
-                "n": n,
-                "k": k,
-                "microseconds": time,
-                "fp16_microseconds": fp16,
-                "times_fp16": fp16 / time,
-                "share_of_roofline": floor / time,
-            }
-        )
+        rows.append(common.matmul_row({"m": m, "n": n, "k": k}, weights[0].nbytes, time, fp16))
     return rows
 
 

@@ -182,10 +182,7 @@ def matmul(x: Tensor, weight: PreparedWeight) -> Tensor:
         ValueError: naming the shape or dtype that does not fit.
     """
     n, k = weight.out_features, weight.in_features
-    if x.shape[-1] != k:
-        raise ValueError(f"x has shape {list(x.shape)}, its last dimension must be the weight's in_features {k}")
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"x is {x.dtype}, it must be float16 or bfloat16")
+    common.check_operands(x, weight)
     x_2d = x.reshape(-1, k).contiguous()
     m = x_2d.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)

@@ -31,15 +31,14 @@ microseconds in all (results/matmul.json).
   Tried and failed: products and sums of four in fp16, x scaled by a power of two for each block so that nothing
 overflows. A fifth fewer instructions, 6% faster, four times the error (results/attempts.json). So instructions alone
 are not what it waits for; what else, this measurement does not say.
-  A surprise: with each row in one run of bytes, and not in tiles of 16 x 64, this kernel was up to a tenth faster,
-while all others were slower. One layout serves all; the tiles stayed.
+  A surprise: with each row in one run of bytes, and not in tiles of 16 x 64, this kernel took 2 to 13% less time, where
+lesson 12 took 3% more (results/attempts.json). One layout serves all; the tiles stayed.
 
 NEXT. The other end: many tokens, where arithmetic decides (lesson 11). EXERCISE. Work out how many bytes must be
 under way at any moment to read 4.2 TB/s when a load takes a microsecond, and how many this kernel has.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -250,7 +249,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         ValueError: naming the shape or dtype that does not fit.
     """
     n, k = weight.out_features, weight.in_features
-    common.check_operands(x, k, bias, n)
+    common.check_operands(x, weight, bias)
     if x.numel() != k:
         raise ValueError(f"x has shape {list(x.shape)}, this kernel multiplies one token: [1, {k}]")
     x_1d = x.reshape(k).contiguous()
@@ -258,7 +257,6 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         x_1d = x_1d.clone()  # pairs are read as 4-byte words
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     options = launch_options(n, k)
-    pdl: dict[str, Any] = {"launch_pdl": True} if common.can_launch_early() else {}
     gemv_kernel[(triton.cdiv(n, options["ROWS"]),)](
         x_1d.view(torch.int32),
         weight.codes.view(torch.int32),
@@ -272,9 +270,8 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         BF16=x.dtype == torch.bfloat16,
         GROUP_SIZE=weight.group_size,
         ASM=common.ON_NVIDIA,
-        PDL=bool(pdl),
         **options,
-        **pdl,
+        **common.early_launch(),
     )
     return out
 

@@ -147,15 +147,9 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     Raises:
         ValueError: naming the shape or dtype that does not fit.
     """
-    n, k = weight.out_features, weight.in_features
-    if x.shape[-1] != k:
-        raise ValueError(f"x has shape {list(x.shape)}, its last dimension must be the weight's in_features {k}")
-    if x.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"x is {x.dtype}, it must be float16 or bfloat16")
-    if bias is not None and (bias.shape != (n,) or bias.dtype != x.dtype):
-        raise ValueError(
-            f"bias is {bias.dtype} {list(bias.shape)}, it must be {x.dtype} [{n}], as x and the weight are"
-        )
+    common.check_operands(x, weight, bias)
+    if bias is not None and bias.dtype != x.dtype:
+        raise ValueError(f"bias is {bias.dtype}, it must be {x.dtype}, as x is")
     return torch.nn.functional.linear(x, dequantize(weight, x.dtype), bias)
 
 

@@ -64,6 +64,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
 from kernels.parts import add_up
@@ -109,11 +110,9 @@ def dequantize(half_words, words, DTYPE: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def producer(x_desc, x_tiles, full, empty, row, first, steps, STAGES: gl.constexpr):
     """NEW: one warp, which keeps STAGES tiles of x on their way."""
-    # Lesson 9's early launch, which Gluon leaves to assembly: wait for the kernel before, let the next one start.
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-    )
+    # Lesson 9's early launch: wait for the kernel before, let the next one start.
+    gdc_wait()
+    gdc_launch_dependents()
     for step in range(steps):
         stage = step % STAGES
         # A barrier's phases alternate. A stage is empty for the first time in phase 1: before anyone used it.
@@ -228,7 +227,7 @@ def consumer(
         x_tiles, full, empty, codes_ptr, scale_zeros_ptr, rows, first, steps, blocks, N, GROUP_SIZE, STAGES, mma
     )
     # These warps wait, too, before they write: the memory may have been another's until the kernel before ended.
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gdc_wait()
     store(acc, bias_ptr, out_ptr + part.to(gl.int64) * M * N, pid_m, pid_n, M, N, HAS_BIAS, num_warps)
 
 
@@ -335,7 +334,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         ValueError: naming the shape, dtype, group size or device that does not fit.
     """
     n, k = weight.out_features, weight.in_features
-    common.check_operands(x, k, bias, n)
+    common.check_operands(x, weight, bias)
     if weight.group_size % BLOCK:
         raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {BLOCK}")
     if not common.is_hopper(x.device):

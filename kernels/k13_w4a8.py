@@ -54,7 +54,6 @@ from torch import Tensor
 
 from kernels import common
 from kernels.activations import quantize_activations
-from kernels.k00_reference import dequantize_reference, quantize_reference
 from kernels.prepared import BLOCK, PreparedWeight, prepare
 
 TOLERANCE = 0.02  # relative error; see THE PRICE
@@ -190,7 +189,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         ValueError: naming the shape or dtype that does not fit.
     """
     n, k = weight.out_features, weight.in_features
-    common.check_operands(x, k, bias, n)
+    common.check_operands(x, weight, bias)
     x_2d = x.reshape(-1, k).contiguous()
     m = x_2d.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
@@ -221,13 +220,8 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
 
 def check() -> Iterator[common.Check]:
     """The kernel's product against float64, with the same int4 weight and the activations as they were."""
-    for m, n, k, group_size in [(1, 40, 512, 64), (17, 33, 384, 96), (70, 130, 256, 128), (5, 9, 80, 16)]:
-        for dtype in common.ACTIVATION_DTYPES:
-            packed = quantize_reference(common.random_tensor(n, k, seed=1), group_size)
-            x = common.random_tensor(m, k, dtype=dtype, seed=2)
-            expected = x.double() @ dequantize_reference(packed, torch.float32).double().t()
-            error = common.relative_error(matmul(x, prepare(packed)), expected)
-            yield f"{m} x {n} x {k}, {group_size=}, {dtype}, relative error {error:.1e}", error < TOLERANCE
+    shapes = [(1, 40, 512, 64), (17, 33, 384, 96), (70, 130, 256, 128), (5, 9, 80, 16)]
+    return common.check_matmul(matmul, prepare, shapes, TOLERANCE)
 
 
 def bench() -> list[common.Row]:

@@ -58,10 +58,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_wait
 
 from kernels import common
 from kernels.activations import quantize_activations
-from kernels.k00_reference import dequantize_reference, quantize_reference
 from kernels.prepared import BLOCK, PreparedWeight, prepare
 
 BLOCK_N = 128  # 64 outputs for each of two warpgroups
@@ -144,7 +144,7 @@ def make_operand(half_words, words, left16: gl.constexpr, left8: gl.constexpr):
 @gluon.jit
 def producer(x_desc, x_tiles, full, empty, row, steps, STAGES: gl.constexpr):
     """One warp, which keeps STAGES tiles of x8 on their way."""
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gdc_wait()
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
@@ -153,28 +153,10 @@ def producer(x_desc, x_tiles, full, empty, row, steps, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def consumer(
-    WARPGROUP: gl.constexpr,
-    x_tiles,
-    full,
-    empty,
-    token_scales_ptr,
-    codes_ptr,
-    ratio_zeros_ptr,
-    row_scales_ptr,
-    bias_ptr,
-    out_ptr,
-    pid_m,
-    pid_n,
-    steps,
-    M,
-    N,
-    blocks,
-    HAS_BIAS: gl.constexpr,
-    GROUP_SIZE: gl.constexpr,
-    STAGES: gl.constexpr,
-):
+def consumer(shared, WARPGROUP: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP_SIZE: gl.constexpr, STAGES: gl.constexpr):
     """NEW: one warpgroup, on its own: makes 64 of the tile's outputs."""
+    x_tiles, full, empty, token_scales_ptr, codes_ptr, ratio_zeros_ptr, row_scales_ptr, bias_ptr, out_ptr = shared[:9]
+    pid_m, pid_n, steps, M, N, blocks = shared[9:]
     BLOCK_M: gl.constexpr = x_tiles.shape[1]
     ROWS: gl.constexpr = 64
     WIDTH: gl.constexpr = BLOCK_M if BLOCK_M < 128 else 128  # the widest int8 product that Triton issues
@@ -193,7 +175,7 @@ def consumer(
     codes = ()
     for stage in gl.static_range(STAGES):
         codes += (gl.load(codes_ptrs + gl.minimum(stage, blocks - 1) * 256),)
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    gdc_wait()
     words = ()
     for stage in gl.static_range(STAGES):
         words += (gl.load(ratio_zeros_ptrs + gl.minimum(stage, blocks - 1) * 64 // GROUP_SIZE * N),)
@@ -267,56 +249,12 @@ def w4a8_hopper_kernel(
         mbarrier.init(empty.index(stage), count=2)  # NEW: both warpgroups must be done with it
     fence_async_shared()
 
+    shared = (x_tiles, full, empty, token_scales_ptr, codes_ptr, ratio_zeros_ptr, row_scales_ptr, bias_ptr, out_ptr)
+    shared += (pid_m, pid_n, steps, M, N, blocks)
     gl.warp_specialize(
         [
-            (
-                consumer,
-                (
-                    0,
-                    x_tiles,
-                    full,
-                    empty,
-                    token_scales_ptr,
-                    codes_ptr,
-                    ratio_zeros_ptr,
-                    row_scales_ptr,
-                    bias_ptr,
-                    out_ptr,
-                    pid_m,
-                    pid_n,
-                    steps,
-                    M,
-                    N,
-                    blocks,
-                    HAS_BIAS,
-                    GROUP_SIZE,
-                    STAGES,
-                ),
-            ),
-            (
-                consumer,
-                (
-                    1,
-                    x_tiles,
-                    full,
-                    empty,
-                    token_scales_ptr,
-                    codes_ptr,
-                    ratio_zeros_ptr,
-                    row_scales_ptr,
-                    bias_ptr,
-                    out_ptr,
-                    pid_m,
-                    pid_n,
-                    steps,
-                    M,
-                    N,
-                    blocks,
-                    HAS_BIAS,
-                    GROUP_SIZE,
-                    STAGES,
-                ),
-            ),
+            (consumer, (shared, 0, HAS_BIAS, GROUP_SIZE, STAGES)),
+            (consumer, (shared, 1, HAS_BIAS, GROUP_SIZE, STAGES)),
             (producer, (x_desc, x_tiles, full, empty, pid_m * BLOCK_M, steps, STAGES)),
         ],
         [4, 1],  # warps of the second warpgroup and of the producer
@@ -347,7 +285,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         ValueError: naming the shape, dtype, group size or device that does not fit.
     """
     n, k = weight.out_features, weight.in_features
-    common.check_operands(x, k, bias, n)
+    common.check_operands(x, weight, bias)
     if weight.group_size % BLOCK:
         raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {BLOCK}")
     if not common.is_hopper(x.device):
@@ -387,18 +325,8 @@ def check() -> Iterator[common.Check]:
     if not common.is_hopper(common.DEVICE):
         yield "wgmma needs a Hopper GPU (H100, H200), and this machine has none", None
         return
-    for m, n, k, group_size in [
-        (1, 40, 512, 64),
-        (130, 200, 1600, 320),
-        (300, 4096, 4096, 128),
-        (513, 1000, 2048, 2048),
-    ]:
-        for dtype in common.ACTIVATION_DTYPES:
-            packed = quantize_reference(common.random_tensor(n, k, seed=1), group_size)
-            x = common.random_tensor(m, k, dtype=dtype, seed=2)
-            expected = x.double() @ dequantize_reference(packed, torch.float32).double().t()
-            error = common.relative_error(matmul(x, prepare(packed)), expected)
-            yield f"{m} x {n} x {k}, {group_size=}, {dtype}, relative error {error:.1e}", error < TOLERANCE
+    shapes = [(1, 40, 512, 64), (130, 200, 1600, 320), (300, 4096, 4096, 128), (513, 1000, 2048, 2048)]
+    yield from common.check_matmul(matmul, prepare, shapes, TOLERANCE)
 
 
 def bench() -> list[common.Row]:

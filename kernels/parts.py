@@ -1,7 +1,5 @@
 """Adding up what programs that shared an output each computed of it: for lessons 9 and 12."""
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,7 +43,6 @@ def add_up(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         bias: floating [N].
         out: float16 or bfloat16 [M, N], written.
     """
-    pdl: dict[str, Any] = {"launch_pdl": True} if common.can_launch_early() else {}
     block = BLOCK if out.numel() >= 132 * BLOCK else BLOCK // 4  # few outputs: more programs, to have them sooner
     add_up_kernel[(triton.cdiv(out.numel(), block),)](
         parts,
@@ -56,7 +53,6 @@ def add_up(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         HAS_BIAS=bias is not None,
         PARTS=parts.shape[0],
         BLOCK=block,
-        PDL=bool(pdl),
         num_warps=4,
-        **pdl,
+        **common.early_launch(),
     )

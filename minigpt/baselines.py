@@ -68,6 +68,7 @@ def main() -> None:
     config = PRESETS["demo"]
 
     def score(model: GPT, label: str) -> float:
+        """A model's perplexity on the test text."""
         test = tokens["test"].to(args.device)
         model.to(args.device, dtype).eval()
         return evaluate.perplexity(model, test, config.n_positions, config.n_positions, 8, label).perplexity

@@ -216,7 +216,7 @@ def holds_another_model(folder: Path, model: GPT) -> bool:
     A folder without a whole checkpoint holds no model.
     """
     try:
-        wte = _read_tensors(folder).get("wte.weight", torch.empty(0))
+        wte = _read_tensors(folder, only="wte.weight").get("wte.weight", torch.empty(0))
     except UserError:
         return False
     return not torch.equal(wte.to(torch.float16), model.wte.weight.to("cpu", torch.float16))
@@ -228,9 +228,10 @@ def _metadata(path: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors by the names that our model uses: no `transformer.` prefix, no mask buffers."""
-    tensors = {}
+def _read_tensors(path: Path, only: str | None = None) -> dict[str, Tensor]:
+    """All tensors, or one, by the names that our model uses: no `transformer.` prefix, no mask buffers."""
+    tensors: dict[str, Tensor] = {}
+    names = set()
     for file in weight_files(path):
         try:
             with safe_open(file, framework="pt") as opened:
@@ -238,9 +239,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                     if name.endswith(MASK_BUFFERS):
                         continue
                     ours = name.removeprefix("transformer.")
-                    if ours in tensors:
+                    if ours in names:
                         raise UserError(f"{file}: tensor {ours} is there twice, maybe with and without `transformer.`")
-                    tensors[ours] = opened.get_tensor(name)
+                    names.add(ours)
+                    if only in (None, ours):
+                        tensors[ours] = opened.get_tensor(name)
         except FileNotFoundError:
             raise UserError(f"{file}: no such file") from None
         except (SafetensorError, OSError, ValueError) as error:

@@ -139,6 +139,7 @@ def matmul() -> str:
     tokens = list(dict.fromkeys(row["m"] for row in rows))
 
     def cell(n: int, k: int, m: int) -> str:
+        """A shape's column for m tokens: both modes, and FP16's own time."""
         pair = [cells.get((n, k, m, mode)) for mode in ("w4a16", "w4a8")]
         times = " / ".join(f"{row['times_fp16']:.2f}x" for row in pair if row)
         fp16 = next(row["fp16_microseconds"] for row in pair if row)
@@ -160,6 +161,7 @@ def matmul_gpt2() -> str:
         best[row["n"], row["k"]] = row  # the largest group size comes last
 
     def cell(n: int, k: int) -> str:
+        """A layer's: times FP16, and microseconds."""
         return f"{best[n, k]['times_fp16']:.2f}x ({best[n, k]['microseconds']:.1f})"
 
     vocabulary = max(n for n, _ in best)
@@ -227,6 +229,7 @@ def fill(text: str) -> str:
     """Replaces what stands between the comments of each table."""
 
     def replace(match: re.Match[str]) -> str:
+        """The table that a match names, between its comments."""
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end of table -->"
 
     return re.sub(r"<!-- table: ([\w-]+) -->\n.*?<!-- end of table -->", replace, text, flags=re.DOTALL)

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from kernels import k01_quantize, k02_dequantize, k03_matmul, k04_w4a16
 
 
-def compile_kernel(kernel, dtypes, integers, options, arch):
+def compile_for(target, kernel, dtypes, integers, options):
     """Compiles `kernel` with pointer arguments of `dtypes`, int32 arguments `integers` and constexpr `options`."""
     constants = {k: v for k, v in options.items() if k in kernel.arg_names}
     signature = {**{name: f"*{dtype}" for name, dtype in dtypes.items()}, **dict.fromkeys(integers, "i32")}
@@ -32,7 +32,12 @@ def compile_kernel(kernel, dtypes, integers, options, arch):
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*dtypes, *integers)}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     launch = {k: v for k, v in options.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch)
+    return triton.compile(source, target=target, options=launch)
+
+
+def compile_kernel(kernel, dtypes, integers, options, arch):
+    """Compiles `kernel` for an NVIDIA GPU: what it takes, and which tensor-core instructions it has."""
+    compiled = compile_for(GPUTarget("cuda", arch, 32), kernel, dtypes, integers, options)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,

@@ -105,23 +105,13 @@ def compile_for_hopper(kernel, dtype, height, pointers, options):
 
 
 def compile_plain(kernel, pointers, integers, options, arch):
-    import triton
-    from compile_kernels import compile_kernel
+    from compile_kernels import compile_for, compile_kernel
+    from triton.backends.compiler import GPUTarget
 
     if arch not in AMD:
         return compile_kernel(kernel, pointers, integers, options, arch)
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
-    types = {name: f"*{pointed}" for name, pointed in pointers.items()}
-    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr")
-    signature = {name: types[name] for name in kernel.arg_names}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    target = triton.backends.compiler.GPUTarget("hip", arch, 64)
-    launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    return {
-        "kernel": kernel.__name__,
-        "arch": arch,
-        "bytes": len(triton.compile(source, target=target, options=launch).kernel),
-    }
+    compiled = compile_for(GPUTarget("hip", arch, 64), kernel, pointers, integers, options)
+    return {"kernel": kernel.__name__, "arch": arch, "bytes": len(compiled.kernel)}
 
 
 @pytest.fixture(scope="module")

@@ -188,17 +188,10 @@ def variants():
 
 def compile_variant(kernel, dtypes, integers, options, arch):
     """Compiles a kernel as it is launched; how much it takes, and which way its operands go."""
-    from compile_kernels import resource_usage
+    from compile_kernels import compile_for, resource_usage
 
-    constants = {name: value for name, value in options.items() if name in kernel.arg_names}
-    types = {name: f"*{dtype}" for name, dtype in dtypes.items()}
-    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(constants, "constexpr")
-    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*dtypes, *integers)}
-    signature = {name: types[name] for name in kernel.arg_names}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     target = triton.backends.compiler.GPUTarget("cuda", arch, 32)
-    launch = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    compiled = triton.compile(source, target=target, options=launch)
+    compiled = compile_for(target, kernel, dtypes, integers, options)
     loop = compiled.asm["ttgir"].partition("scf.for")[2].partition("scf.yield")[0]
     ptx = compiled.asm["ptx"]
     return {
