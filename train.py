@@ -33,6 +33,7 @@ from minigpt.errors import UserError, run_script
 from minigpt.files import write_json
 from minigpt.generate import generate, seed
 from minigpt.model import GPT
+from minigpt.sampling import Sampling
 from minigpt.tokenizer import FILE_NAME, encode, gpt2_tokenizer, read_tokenizer
 
 
@@ -210,9 +211,10 @@ def main() -> None:
     bar.close()
 
     model = checkpoint.load(args.output, torch.float32, args.device)
-    prompt = validation_tokens[None, : config.n_positions // 8]
-    sample = generate(model, prompt, config.n_positions // 4, temperature=0.8, top_k=50, generator=generator)
-    print(f"a sample:\n{tokenizer.decode(prompt[0].tolist() + [int(token) for token in sample])}\n")
+    prompt = validation_tokens[: config.n_positions // 8].tolist()
+    steps = generate(model, [prompt], config.n_positions // 4, Sampling(temperature=0.8, top_k=50), args.seed)
+    sample = [token for step in steps for token in step if token is not None]
+    print(f"a sample:\n{tokenizer.decode(prompt + sample)}\n")
     print(f"lowest validation loss {best:.4f} nats a token (perplexity {math.exp(best):.2f}); saved in {args.output}")
 
 

@@ -1,6 +1,7 @@
 """The one error that users see, and the wrapper that shows it in one line."""
 
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,12 +20,14 @@ class UserError(Exception):
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main` and turns what can go wrong outside the program into one line.
 
-    Exit status: 2 for a `UserError`, a failing disk or too little memory; 130 for Ctrl-C.
+    Exit status: 2 for a `UserError`, a failing disk or too little memory; 130 for Ctrl-C. When nobody reads the output
+    any more (`| head`) the script ends without a word, with status 141, as the shell reports for other programs.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     try:
         main()
+        sys.stdout.flush()  # here, where an error is still one line
     except UserError as error:
         _exit(str(error), 2)
     except torch.OutOfMemoryError:
@@ -35,6 +38,9 @@ def run_script(main: Callable[[], None]) -> None:
         if "can't allocate memory" not in str(error):
             raise
         _exit("out of memory", 2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more while it exits
+        sys.exit(141)
     except OSError as error:  # the disk is full, a folder is not writable
         where = f"{error.filename}: " if error.filename else ""
         _exit(f"{where}{error.strerror or error}", 2)

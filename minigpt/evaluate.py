@@ -9,6 +9,7 @@ window's first tokens have little to go by. Sums are float64.
 import contextlib
 import ctypes
 import gc
+import itertools
 import math
 import statistics
 import sys
@@ -22,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from minigpt.decode import DecodeStep, How, StepLogits, model_logits, read_prompts
 from minigpt.errors import UserError
-from minigpt.generate import generate
 from minigpt.model import GPT
+from minigpt.sampling import GREEDY
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def perplexity(
 
 
 @torch.inference_mode()
-def prefill_rate(model: GPT, tokens: Tensor, length: int, seconds: float = 3.0) -> float:
+def prefill_rate(model: GPT, tokens: Tensor, length: int, seconds: float = 3.0, batch_size: int = 1) -> float:
     """Tokens a second when reading a prompt: `length` tokens at once, output layer for the last one only.
 
     Args:
@@ -112,40 +114,66 @@ def prefill_rate(model: GPT, tokens: Tensor, length: int, seconds: float = 3.0) 
         tokens: int64 [N] with N >= length, on the model's device.
         length: tokens at once.
         seconds: how long to measure, about.
+        batch_size: prompts at once; the same one, as often. Tokens of all are counted.
     """
-    prompt = tokens[:length].view(1, -1)
+    prompt = tokens[:length].repeat(batch_size, 1)  # [B, T]
     times = _repeat(lambda: model.lm_head(model.hidden(prompt)[:, -1]), prompt.device, seconds)
-    return length / statistics.median(times)
+    return prompt.numel() / statistics.median(times)
 
 
 @torch.inference_mode()
-def decode_rate(model: GPT, tokens: Tensor, prompt_length: int, max_new_tokens: int, seconds: float = 5.0) -> float:
-    """Tokens a second when writing: greedy, batch 1, KV cache, after a prompt; the prompt's own time not counted.
+def decode_rate(
+    model: GPT,
+    tokens: Tensor,
+    prompt_length: int,
+    max_new_tokens: int,
+    seconds: float = 5.0,
+    batch_size: int = 1,
+    how: How = "captured",
+    step_logits: StepLogits | None = None,
+) -> float:
+    """Tokens a second when writing: greedy, KV cache, after a prompt; the prompt's own time not counted.
+
+    A run of up to 16 steps is timed at once on a GPU, where `generate` does not wait for each either; on a CPU every
+    step. The median counts.
 
     Args:
         model: in evaluation mode.
         tokens: int64 [N], whose first prompt_length are the prompt.
-        max_new_tokens: how many to write at most, at least 3: two are not timed.
-        seconds: after this time, no more are written.
+        prompt_length: where in the sequence writing begins, at least 1.
+        max_new_tokens: how many to write at most, at least 1; prompt_length + max_new_tokens <= n_positions. Then
+            again from the prompt on.
+        seconds: how long to measure, about.
+        batch_size: sequences at once, all with the same prompt. Tokens of all are counted.
+        how, step_logits: how a step is computed, see `minigpt.decode`.
     """
-    stream = generate(model, tokens[:prompt_length].view(1, -1), max_new_tokens)
-    for _ in range(2):  # the prompt, and a first step that may compile kernels
-        next(stream)
-    times = _repeat(lambda: next(stream), tokens.device, seconds, at_most=max_new_tokens - 2)
-    return 1 / statistics.median(times)
+    prompts = [tokens[:prompt_length].tolist()] * batch_size
+    logits, cache = read_prompts(model, prompts, max_new_tokens)
+    positions = torch.full((batch_size, 1), prompt_length, device=tokens.device)
+    step_logits = step_logits or model_logits(model)
+    step = DecodeStep(step_logits, GREEDY.choose, cache, GREEDY.choose(logits), positions, how)
+    n_steps = min(16, max_new_tokens) if tokens.is_cuda else 1
+    begins = itertools.cycle(range(prompt_length, prompt_length + max_new_tokens - n_steps + 1, n_steps))
+
+    def run() -> None:
+        step.positions.fill_(next(begins))
+        for _ in range(n_steps):
+            step()
+
+    return batch_size * n_steps / statistics.median(_repeat(run, tokens.device, seconds))
 
 
-def _repeat(function: Callable[[], object], device: torch.device, seconds: float, at_most: int = 100) -> list[float]:
-    """Seconds that each of several calls took, after one that is not counted (unless `at_most` is 1)."""
+def _repeat(function: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
+    """Seconds that each of several calls took, after one that is not counted."""
     times: list[float] = []
     start = time.perf_counter()
-    while len(times) < at_most and (len(times) < 3 or time.perf_counter() - start < seconds):
+    while len(times) < 100 and (len(times) < 3 or time.perf_counter() - start < seconds):
         begin = time.perf_counter()
         function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - begin)
-    return times[1:] or times
+    return times[1:]
 
 
 class PeakMemory:

@@ -24,16 +24,34 @@ class KVCache:
     Allocated once at its full length ("static"): shapes never change while generating, which is what
     lets a decode step be captured in a CUDA graph and replayed.
 
+    Sequences of one batch may have different lengths: each token says at which position of its own sequence it is
+    written, and sees that position and those before it. What lies behind (zeros, or what padding to the right of a
+    short prompt left there) is masked out until the sequence gets that far and writes over it.
+
     Attributes:
-        k, v: [n_layer, B, H, L, D]; positions not yet written hold zeros and are masked out.
+        k, v: n_layer tensors [B, H, L, D], zeros at first. (Were they one, torch.compile would copy it for each write.)
+        rows: int64 [B, 1], the number of each sequence in the batch.
     """
 
     def __init__(
         self, config: GPTConfig, batch_size: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        shape = (config.n_layer, batch_size, config.n_head, length, config.n_embd // config.n_head)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (batch_size, config.n_head, length, config.n_embd // config.n_head)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.n_layer)]
+        self.rows = torch.arange(batch_size, device=device)[:, None]
+
+    def write(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v, [B, H, T, D], at positions [B, T]; returns all keys and values of the layer, [B, H, L, D]."""
+        self.k[layer][self.rows, :, positions] = k.transpose(1, 2)  # [B, T, H, D]
+        self.v[layer][self.rows, :, positions] = v.transpose(1, 2)
+        return self.k[layer], self.v[layer]
+
+    def mask(self, positions: Tensor) -> Tensor:
+        """What tokens at positions [B, T] see: [B, 1, T, L], 0 up to a token's own position and -inf behind it."""
+        places = torch.arange(self.k[0].shape[2], device=positions.device)  # [L]
+        hidden = places > positions[:, None, :, None]  # [B, 1, T, L]
+        return torch.zeros_like(hidden, dtype=self.k[0].dtype).masked_fill_(hidden, -torch.inf)
 
 
 class CausalSelfAttention(nn.Module):
@@ -46,17 +64,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, layer: int, positions: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None, positions: Tensor, mask: Tensor | None) -> Tensor:
         """x: [B, T, C] -> [B, T, C]. `layer` says which slice of the cache is this block's."""
         q, k, v = (self._split_heads(part) for part in self.c_attn(x).chunk(3, dim=-1))  # each [B, H, T, D]
+        if cache is not None:  # then look at every position written so far, not only at these tokens
+            k, v = cache.write(layer, positions, k, v)  # [B, H, L, D]
         dropout = self.dropout if self.training else 0.0
-        if cache is None:  # the whole sequence at once: token t sees tokens 0..t
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)  # [B, H, T, D]
-        else:  # append to the cache, then look at every position written so far
-            k = cache.k[layer].index_copy_(2, positions, k)  # [B, H, L, D]
-            v = cache.v[layer].index_copy_(2, positions, v)  # [B, H, L, D]
-            visible = torch.arange(k.shape[2], device=x.device) <= positions[:, None]  # [T, L]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)  # [B, H, T, D]
+        # Without a cache the whole sequence is here: token t sees tokens 0..t.
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=cache is None)  # [B, H, T, D]
         return self.c_proj(y.transpose(1, 2).flatten(2))  # [B, T, C]
 
     def _split_heads(self, x: Tensor) -> Tensor:
@@ -88,9 +103,9 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, layer: int, positions: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, layer: int, cache: KVCache | None, positions: Tensor, mask: Tensor | None) -> Tensor:
         """x: [B, T, C] -> [B, T, C]."""
-        x = x + self.drop(self.attn(self.ln_1(x), layer, positions, cache))  # [B, T, C]
+        x = x + self.drop(self.attn(self.ln_1(x), layer, cache, positions, mask))  # [B, T, C]
         return x + self.drop(self.mlp(self.ln_2(x)))  # [B, T, C]
 
 
@@ -126,7 +141,8 @@ class GPT(nn.Module):
         Args:
             tokens: int64 [B, T].
             cache: keys and values of the tokens before these; theirs are added to it in place.
-            positions: int64 [T], each token's place in the sequence; 0..T-1 if left out. At most n_positions.
+            positions: int64, broadcastable to [B, T], each token's place in its own sequence; 0..T-1 if left out.
+                Below n_positions and, with a cache, below its length.
 
         Returns:
             [B, T, C], in the dtype of the weights.
@@ -134,8 +150,12 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)  # [T]
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # [B, T, C]
+        mask = None
+        if cache is not None:
+            positions = positions.expand(tokens.shape)  # [B, T]
+            mask = cache.mask(positions)  # [B, 1, T, L], the same for all layers
         for layer, block in enumerate(self.h):
-            x = block(x, layer, positions, cache)  # [B, T, C]
+            x = block(x, layer, cache, positions, mask)  # [B, T, C]
         return self.ln_f(x)
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:

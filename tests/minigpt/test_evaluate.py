@@ -91,7 +91,9 @@ def test_rates_are_tokens_over_time(pair, monkeypatch):
     monkeypatch.setattr(evaluate.time, "perf_counter", lambda: next(clock) * 0.5)
     tokens = torch.randint(97, (32,))
     assert evaluate.prefill_rate(ours, tokens, 32) == 32 / 0.5
+    assert evaluate.prefill_rate(ours, tokens, 10, batch_size=3) == 30 / 0.5
     assert evaluate.decode_rate(ours, tokens, 8, 20) == 1 / 0.5
+    assert evaluate.decode_rate(ours, tokens, 31, 1, batch_size=5) == 5 / 0.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks about the memory of the process, not of a GPU")
