@@ -17,18 +17,30 @@ if not torch.cuda.is_available():
 warnings.filterwarnings("ignore", message="'kernels.k00_reference' found in sys.modules", category=RuntimeWarning)
 
 from kernels.front_door import dequantize, matmul, quantize  # noqa: E402
+from kernels.fused import add_matmul, attend, can_fuse, embed, normed_matmul, score  # noqa: E402
 from kernels.k00_reference import QuantizedWeight, group_sizes, pack, unpack  # noqa: E402
 from kernels.prepared import PreparedWeight, prepare, restore  # noqa: E402
+from kernels.stream import FoldedNorm, Parts, Stream, fold_norm  # noqa: E402
 
 __all__ = [
+    "FoldedNorm",
+    "Parts",
     "PreparedWeight",
     "QuantizedWeight",
+    "Stream",
+    "add_matmul",
+    "attend",
+    "can_fuse",
     "dequantize",
+    "embed",
+    "fold_norm",
     "group_sizes",
     "matmul",
+    "normed_matmul",
     "pack",
     "prepare",
     "quantize",
     "restore",
+    "score",
     "unpack",
 ]

@@ -50,6 +50,12 @@ def is_hopper(device: torch.device) -> bool:
     return ON_NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
+@functools.cache
+def has_mma(device: torch.device) -> bool:
+    """Whether `device` can run lessons 17, 18 and 20: an NVIDIA GPU whose tensor cores know mma.sync with bf16."""
+    return ON_NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def check_operands(x: Tensor, weight: QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> None:
     """Raises ValueError unless x is float16 or bfloat16 [..., in_features] and bias, if any, [out_features]."""
     n, k = weight.out_features, weight.in_features

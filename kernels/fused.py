@@ -1,0 +1,90 @@
+"""The parts of a fused decode step: lessons 18 to 20 on a GPU that can run them, and the same in plain torch elsewhere.
+
+A step of a transformer on a few tokens, its residual stream kept in `Stream`:
+
+    embed -> for each block: normed_matmul (q, k, v) -> attend -> add_matmul -> normed_matmul (GELU) -> add_matmul -> score
+"""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.front_door import HAS_TRITON
+from kernels.int8 import Int8Weight
+from kernels.prepared import BLOCK, PreparedWeight
+from kernels.stream import FoldedNorm, Parts, Stream, attend_reference, gelu_reference, values
+
+MOST_TOKENS = 8  # what a tensor-core instruction multiplies at once
+
+
+def can_fuse(weight: PreparedWeight, dtype: torch.dtype) -> bool:
+    """Whether lessons 18 to 20 take a weight, its device, and activations of `dtype`."""
+    if not (HAS_TRITON and weight.codes.is_cuda and dtype == torch.float16 and weight.group_size % BLOCK == 0):
+        return False
+    return importlib.import_module("kernels.common").has_mma(weight.codes.device)
+
+
+def embed(
+    tokens: Tensor,
+    positions: Tensor,
+    wte: Tensor | Int8Weight | PreparedWeight,
+    wpe: Tensor,
+    gamma: Tensor,
+    stream: Stream,
+) -> None:
+    """Begins the stream, see `kernels.k20_step_ends.embed`."""
+    if tokens.is_cuda:
+        _lesson("k20_step_ends").embed(tokens, positions, wte, wpe, gamma, stream)
+    else:
+        stream.write(values(wte)[tokens.flatten()].float() + wpe[positions.flatten()].float(), gamma.float())
+
+
+def normed_matmul(stream: Stream, weight: PreparedWeight, norm: FoldedNorm, eps: float, gelu: bool = False) -> Tensor:
+    """LayerNorm, linear layer, GELU, see `kernels.k18_fused_layers.normed_matmul`."""
+    if stream.residual.is_cuda:
+        return _lesson("k18_fused_layers").normed_matmul(stream, weight, norm, eps, gelu)
+    out = _normed_product(stream, values(weight), norm, eps)
+    return (gelu_reference(out) if gelu else out).to(torch.float16)
+
+
+def attend(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts: Parts) -> Tensor:
+    """Attention of new tokens over a cache, see `kernels.k19_attention.attend`."""
+    if qkv.is_cuda:
+        return _lesson("k19_attention").attend(qkv, k, v, positions, parts)
+    return attend_reference(qkv, k, v, positions)
+
+
+def add_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor, stream: Stream, gamma: Tensor) -> None:
+    """Linear layer, added to the stream, see `kernels.k18_fused_layers.add_matmul`."""
+    if x.is_cuda:
+        _lesson("k18_fused_layers").add_matmul(x, weight, bias, stream, gamma)
+    else:
+        stream.write(stream.residual + x.float() @ values(weight).t() + bias.float(), gamma.float())
+
+
+def score(stream: Stream, wte: Tensor | Int8Weight | PreparedWeight, norm: FoldedNorm, eps: float) -> Tensor:
+    """The last LayerNorm and the output layer: -> logits, float16 [M, V].
+
+    Args:
+        stream: of M tokens, at most 8.
+        wte: the token embedding [V, C], which is the output layer as well: float16, int8 or int4.
+        norm: made for it by `fold_norm`.
+        eps: the LayerNorm's.
+    """
+    if isinstance(wte, PreparedWeight):
+        return normed_matmul(stream, wte, norm, eps)
+    if isinstance(wte, Int8Weight) and stream.residual.is_cuda:
+        return _lesson("k20_step_ends").score(stream, wte, norm, eps)
+    return _normed_product(stream, values(wte), norm, eps).to(torch.float16)
+
+
+def _lesson(name: str) -> Any:  # noqa: ANN401
+    return importlib.import_module(f"kernels.{name}")  # not before it is needed: there may be no Triton
+
+
+def _normed_product(stream: Stream, w: Tensor, norm: FoldedNorm, eps: float) -> Tensor:
+    mean, square = (stream.sums.sum(0) / stream.residual.shape[1]).unsqueeze(-1).unbind(1)  # each [M, 1]
+    product = torch.nn.functional.linear(stream.scaled.to(w.dtype), w).float()  # [M, N]
+    return (product - mean * norm.folded) * torch.rsqrt(square - mean * mean + eps) + norm.bias

@@ -1,0 +1,221 @@
+"""Lesson 18: a transformer block's linear layers. NEW: LayerNorm before, GELU or the residual sum behind, no kernels of their own.
+
+TEXT
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels import common
+from kernels.k00_reference import dequantize_reference, quantize_reference
+from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
+from kernels.row_tiles import load_sums, load_weight, multiply, normalise, share_tokens
+from kernels.stream import FoldedNorm, Stream, fold_norm, gelu_reference
+
+
+@gluon.jit
+def gelu(x):
+    """GPT-2's, in the tanh form: 0.5 x (1 + tanh(u)) is x / (1 + exp(-2 u))."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # sqrt(2 / pi)
+    return x / (1 + gl.exp(-2 * u))
+
+
+@gluon.jit
+def fused_kernel(
+    x_ptr,  # fp16 [M, K]
+    codes_ptr,  # int16 [N/16, blocks, 16, 16]
+    scale_zeros_ptr,  # int32 [groups, N]
+    bias_ptr,  # fp16 or fp32 [N]
+    folded_ptr,  # NORM: fp32 [N]
+    gamma_ptr,  # ADD: fp16 or fp32 [N], the next LayerNorm's weight
+    residual_ptr,  # ADD: fp32 [M, N], read and written
+    sums_ptr,  # NORM: fp32 [K/16, M, 2], read; ADD: fp32 [N/16, M, 2], written
+    out_ptr,  # fp16 [M, N]
+    M,
+    N,
+    K,
+    blocks,
+    eps,
+    NORM: gl.constexpr,
+    GELU: gl.constexpr,
+    ADD: gl.constexpr,
+    TILES: gl.constexpr,  # at least K/16, a power of two
+    GROUP_SIZE: gl.constexpr,  # a multiple of 64
+    BLOCK_M: gl.constexpr,
+    STEP: gl.constexpr,
+    PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Makes 16 numbers for each token: out = gelu(norm(x) @ w^T + bias), or residual += x @ w^T + bias."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
+    layout: gl.constexpr = gl.SliceLayout(0, mma)  # of [16, 8]
+    tile = gl.program_id(0)
+    offs_n = tile * 16 + gl.arange(0, 16, layout=gl.SliceLayout(1, layout))
+    TOKENS: gl.constexpr = 8 if BLOCK_M == 1 else BLOCK_M
+    offs_m = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, layout))
+    n = gl.minimum(offs_n, N - 1)
+    mask = (offs_n < N)[:, None] & (offs_m < M)[None, :]
+
+    # Parameters may be loaded before the kernel ahead has ended; what it writes, only behind the wait.
+    codes, words = load_weight(codes_ptr, scale_zeros_ptr, tile * 16, N, blocks, GROUP_SIZE, 16, STEP, num_warps)
+    bias = gl.load(bias_ptr + n).to(gl.float32)
+    if NORM:
+        folded = gl.load(folded_ptr + n)
+    if ADD:
+        gamma = gl.load(gamma_ptr + n).to(gl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if NORM:  # NEW
+        sums, squares = load_sums(sums_ptr, M, K, TILES, BLOCK_M, num_warps)
+    if ADD:  # NEW
+        residual_ptrs = residual_ptr + (offs_m * N)[None, :] + offs_n[:, None]
+        residual = gl.load(residual_ptrs, mask=mask, other=0.0)
+    x = share_tokens(x_ptr, M, K, blocks, BLOCK_M, STEP, num_warps)
+    out = multiply(x, codes, words, 16, BLOCK_M, STEP, mma, num_warps)  # [16, TOKENS]
+    if NORM:  # NEW
+        out = normalise(out, sums, squares, folded, K, eps, layout)
+    out += bias[:, None]
+    if GELU:  # NEW
+        out = gelu(out)
+    if ADD:  # NEW: this program alone has these 16 columns of the stream
+        out += residual
+        gl.store(residual_ptrs, out, mask=mask)
+        kept = gl.where(mask, out, 0.0)
+        sum_ptrs = sums_ptr + tile * M * 2 + offs_m * 2
+        gl.store(sum_ptrs, gl.sum(kept, 0), mask=offs_m < M)
+        gl.store(sum_ptrs + 1, gl.sum(kept * kept, 0), mask=offs_m < M)
+        out *= gamma[:, None]
+    gl.store(out_ptr + (offs_m * N)[None, :] + offs_n[:, None], out.to(gl.float16), mask=mask)
+
+
+def launch_options(k: int) -> dict[str, int]:
+    """Blocks of 64 columns a warp, and warps, as in lesson 17."""
+    blocks = triton.cdiv(k, BLOCK)
+    warps = 4 if blocks <= 4 * 13 else 8
+    return {"STEP": triton.cdiv(blocks, warps), "num_warps": warps}
+
+
+def launch(
+    x: Tensor,
+    weight: PreparedWeight,
+    bias: Tensor,
+    out: Tensor,
+    stream: Stream,
+    norm: FoldedNorm | None = None,
+    eps: float = 0.0,
+    gelu: bool = False,
+    gamma: Tensor | None = None,
+) -> None:
+    """Launches the kernel for 1 to 8 tokens, x [M, K] -> out [M, N]."""
+    fused_kernel[(triton.cdiv(weight.out_features, TILE_ROWS),)](
+        x,
+        weight.codes,
+        weight.scale_zeros,
+        bias,
+        norm.folded if norm else None,
+        gamma,
+        stream.residual,
+        stream.sums,
+        out,
+        x.shape[0],
+        weight.out_features,
+        weight.in_features,
+        weight.blocks,
+        eps,
+        NORM=norm is not None,
+        GELU=gelu,
+        ADD=gamma is not None,
+        TILES=triton.next_power_of_2(triton.cdiv(weight.in_features, TILE_ROWS)),
+        GROUP_SIZE=weight.group_size,
+        BLOCK_M=1 if len(x) == 1 else 8 if len(x) <= 8 else 16,
+        **launch_options(weight.in_features),
+        **common.early_launch(),
+    )
+
+
+def normed_matmul(stream: Stream, weight: PreparedWeight, norm: FoldedNorm, eps: float, gelu: bool = False) -> Tensor:
+    """LayerNorm, linear layer, and GELU if asked for, of the residual stream.
+
+    Args:
+        stream: of M tokens and K columns; `scaled` must have been multiplied by this norm's weight.
+        weight: of [N, K]; group size a multiple of 64.
+        norm: made for this weight by `fold_norm`.
+        eps: the LayerNorm's.
+        gelu: apply GELU, in the tanh form.
+
+    Returns:
+        float16 [M, N].
+    """
+    out = torch.empty((len(stream.residual), weight.out_features), dtype=torch.float16, device=stream.residual.device)
+    launch(stream.scaled, weight, norm.bias, out, stream, norm, eps, gelu)
+    return out
+
+
+def add_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor, stream: Stream, gamma: Tensor) -> None:
+    """Adds a linear layer's output to the residual stream, in place, and makes it ready for the next norm.
+
+    Args:
+        x: float16 [M, K], M at most 8.
+        weight: of [N, K], N the stream's columns; group size a multiple of 64.
+        bias: floating [N].
+        stream: changed.
+        gamma: floating [N], the weight of the LayerNorm that reads the stream next.
+    """
+    launch(x, weight, bias, stream.scaled, stream, gamma=gamma)
+
+
+def check() -> Iterator[common.Check]:
+    """A block's way, norm, linear, GELU, linear, sum, norm, linear, against float64."""
+    if not common.has_mma(common.DEVICE):
+        yield "mma.sync needs an NVIDIA GPU of sm_80 or newer, and this machine has none", None
+        return
+    for m, c, inner in ((1, 768, 3072), (8, 1600, 6400), (3, 64, 192)):
+        yield from _check_block(m, c, inner)
+
+
+def _check_block(m: int, c: int, inner: int) -> Iterator[common.Check]:
+    gamma, beta = 1 + 0.1 * common.random_tensor(c, seed=1), common.random_tensor(c, seed=2)
+    next_gamma, next_beta = 1 + 0.1 * common.random_tensor(c, seed=3), common.random_tensor(c, seed=4)
+    first, second, third = (
+        quantize_reference(common.random_tensor(*shape, seed=5) / math.sqrt(shape[1]), 64)
+        for shape in ((inner, c), (c, inner), (3 * c, c))
+    )
+    biases = [common.random_tensor(size, seed=6) for size in (inner, c, 3 * c)]
+    stream = Stream.zeros(m, c, common.DEVICE)
+    stream.write(2 * common.random_tensor(m, c, dtype=torch.float32, seed=7) + 0.5, gamma)
+    x = stream.residual.double()
+
+    def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (c,), gamma.double(), beta.double(), 1e-5)
+
+    def linear(x: Tensor, layer: int) -> Tensor:
+        w = dequantize_reference((first, second, third)[layer], torch.float32).double()
+        return x @ w.t() + biases[layer].double()
+
+    p1, p2, p3 = (prepare(weight) for weight in (first, second, third))
+    hidden = normed_matmul(stream, p1, fold_norm(p1, gamma, beta, biases[0]), 1e-5, gelu=True)
+    expected = gelu_reference(linear(norm(x, gamma, beta), 0))
+    yield _compare(f"norm, {m} x {inner} x {c}, GELU", hidden, expected)
+    add_matmul(hidden, p2, biases[1], stream, next_gamma)
+    x = x + linear(hidden.double(), 1)
+    yield _compare(f"sum, {m} x {c} x {inner}", stream.residual, x)
+    qkv = normed_matmul(stream, p3, fold_norm(p3, next_gamma, next_beta, biases[2]), 1e-5)
+    yield _compare(f"norm, {m} x {3 * c} x {c}", qkv, linear(norm(x, next_gamma, next_beta), 2))
+
+
+def _compare(what: str, out: Tensor, expected: Tensor) -> common.Check:
+    error = common.relative_error(out, expected)
+    return f"{what}, relative error {error:.1e}", error < common.tolerance(torch.float16)
+
+
+def bench() -> list[common.Row]:
+    """Times GPT-2's MLPs, fused and in the steps that torch would take with lesson 17's matmul, and in fp16."""
+    raise NotImplementedError

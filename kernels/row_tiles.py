@@ -1,0 +1,241 @@
+"""Sixteen rows of an int4 weight times up to eight tokens, on tensor cores, from registers: for lessons 17, 18 and 20.
+
+The instruction is mma.sync m16n8k16, which every tensor core since sm_80 has: a tile of 16 rows x 16 columns of w times
+16 columns x 8 tokens of x^T. A warp's 32 threads hold the operands. Thread 4r + t wants
+
+    of w     rows r and r + 8            columns 2t, 2t + 1, 2t + 8, 2t + 9         of x     token r, the same columns
+
+and that is less of a demand than it seems. A sum does not mind its order: as long as both operands call the same number
+"column 2t + 8", any column of memory may be it. So thread t takes four *neighbours*, 4t .. 4t + 3, for its four:
+
+    half-words of a row of a block      0 1 2 3 | 4 5 6 7 | 8 9 10 11 | 12 13 14 15        (kernels.prepared)
+    thread                                t = 0     t = 1      t = 2        t = 3          8 bytes each, one load
+    x of slice i, from column 16 i         ..3       ..7        ..11         ..15          8 bytes each, one load
+
+Half-word j holds columns j of all four slices, so the 8 bytes are the thread's part of four tiles of w: with four
+masks and a shift a word they are the operands of four instructions. No shared memory, no exchange between threads.
+
+A program's warps share the columns: block 64 b belongs to warp b modulo num_warps. The scale waits until the products
+of a block are summed (fp32): 4 multiplications for 32 weights, in place of 32. The zero cannot wait, as 1024 + code
+would cost the sum three digits.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+MOST_TOKENS = 16
+# Two names have changed: in Triton 3.7 and 3.9.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
+
+
+@gluon.constexpr_function
+def power_of_two_above(n):
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@gluon.jit
+def unpack(half_word):
+    """int16 -> its four codes as fp16: 1024 + code, 1024 + 16 code, 1024 + code, 1024 + 16 code (lesson 6)."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 shifted;
+        shr.u32 shifted, $4, 8;
+        lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;
+        lop3.b32 $2, shifted, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 $3, shifted, 0x00f000f0, 0x64006400, 0xea;
+        }""",
+        "=r,=r,=r,=r,r",
+        [half_word],
+        dtype=(gl.float16, gl.float16, gl.float16, gl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def as_left(w, mma: gl.constexpr):
+    """[W, R, 4, 4], four neighbours a thread -> [W, R, 16], the left operand. Only names change, no register moves."""
+    W: gl.constexpr = w.shape[0]
+    R: gl.constexpr = w.shape[1]
+    w = w.reshape([W, R, 4, 2, 2]).permute([0, 1, 3, 2, 4]).reshape([W, R, 16])
+    return gl.convert_layout(w, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def as_right(x, mma: gl.constexpr):
+    """[W, TOKENS, 4, 4] of x -> [W, 16, TOKENS], the right operand."""
+    W: gl.constexpr = x.shape[0]
+    TOKENS: gl.constexpr = x.shape[1]
+    x = x.reshape([W, TOKENS, 4, 2, 2]).permute([0, 3, 2, 4, 1]).reshape([W, 16, TOKENS])
+    return gl.convert_layout(x, gl.DotOperandLayout(1, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def load_weight(
+    codes_ptr,  # int16 [N/16, blocks, 16, 16]
+    scale_zeros_ptr,  # int32 [groups, N]
+    first_row,  # a multiple of 16
+    N,
+    blocks,
+    GROUP_SIZE: gl.constexpr,
+    ROWS: gl.constexpr,
+    STEP: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Blocks w, w + num_warps, w + 2 num_warps, ... for warp w: STEP codes [W, ROWS, 4, 4], STEP scale_zeros [W, ROWS].
+
+    Blocks past the end are copies of the last one, with scales of 0; rows past the end of N are copies as well.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [num_warps, 1, 1, 1], [3, 2, 1, 0])
+    of_row: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))  # [W, ROWS]
+    of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))  # [4, 4]
+    warp = gl.arange(0, num_warps, layout=gl.SliceLayout(1, of_row))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, of_row))
+    thread = gl.arange(0, 4, layout=gl.SliceLayout(1, of_column))
+    neighbour = gl.arange(0, 4, layout=gl.SliceLayout(0, of_column))
+    n = gl.minimum(first_row + row, N - 1)
+    tile = gl.minimum((first_row + row) // 16, (N - 1) // 16)
+    row_ptrs = codes_ptr + tile.to(gl.int64) * (blocks * 256) + row % 16 * 16
+    half_word = (thread * 4)[:, None] + neighbour[None, :]  # [4, 4]
+    ptrs = row_ptrs[None, :, None, None] + half_word[None, None, :, :]
+    codes = ()
+    words = ()
+    for i in gl.static_range(STEP):
+        block = i * num_warps + warp
+        last = gl.minimum(block, blocks - 1)
+        codes += (gl.load(ptrs + (last * 256)[:, None, None, None]),)
+        group_ptrs = scale_zeros_ptr + (last * 64 // GROUP_SIZE * N)[:, None] + n[None, :]
+        words += (gl.load(group_ptrs, mask=(block < blocks)[:, None], other=0),)
+    return codes, words
+
+
+@gluon.jit
+def share_tokens(
+    x_ptr,  # fp16 or bf16 [M, K]
+    M,
+    K,
+    blocks,
+    BLOCK_M: gl.constexpr,
+    STEP: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """All of x into shared memory, each number once: [blocks * BLOCK_M, 64], all tokens of block 0, then of block 1, ...
+
+    Blocks past the end are copies of the last. Tokens past the end hold anything: no other token's result sees them.
+    """
+    BLOCKS: gl.constexpr = power_of_two_above(STEP * num_warps)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])  # 16 bytes a thread
+    row = gl.arange(0, BLOCKS * BLOCK_M, layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    block = gl.minimum(row // BLOCK_M, blocks - 1)
+    token = row % BLOCK_M
+    mask = ((token < M) & (row < STEP * num_warps * BLOCK_M))[:, None]
+    # Swizzled: the same columns of eight tokens lie in different banks.
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8 if BLOCK_M >= 8 else 1, [1, 0])
+    x = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [BLOCKS * BLOCK_M, 64], shared)
+    copy(x, x_ptr + (token * K + block * 64)[:, None] + column[None, :], mask)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    barrier()
+    return x
+
+
+@gluon.jit
+def four_slices(x, W: gl.constexpr, TOKENS: gl.constexpr):
+    """A step's blocks of x from shared memory, [W * TOKENS, 64] -> its slices, four tensors [W, TOKENS, 4, 4].
+
+    A single token, [W, 64], stands for all eight: only the first of the eight results will be used.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 1, 4], [1, 8, 1, 4, 1], [W, 1, 1, 1, 1], [4, 3, 2, 1, 0])
+    probe = gl.zeros([W, TOKENS, 4, 4, 4], x.dtype, layout)
+    if x.shape[0] == W:
+        token: gl.constexpr = gl.SliceLayout(1, probe.reshape([W, TOKENS, 64]).type.layout)
+        numbers = gl.expand_dims(x.load(token), 1).broadcast_to([W, TOKENS, 64])
+    else:
+        tokens: gl.constexpr = probe.reshape([W * TOKENS, 64]).type.layout
+        numbers = x.load(tokens)
+    # The slice's number, of two bits, goes to the end and is split off bit by bit.
+    even, odd = gl.split(numbers.reshape([W, TOKENS, 2, 2, 4, 4]).permute([0, 1, 4, 5, 2, 3]))
+    x0, x2 = gl.split(even)
+    x1, x3 = gl.split(odd)
+    return x0, x1, x2, x3
+
+
+@gluon.jit
+def left_operands(codes, words, DTYPE: gl.constexpr, mma: gl.constexpr):
+    """A block's codes less their zeros, for each slice [W, ROWS, 16], and its scales, fp32 [W, ROWS, 1]."""
+    zero = gl.expand_dims(gl.expand_dims((words >> 16).to(gl.int16).to(gl.float16, bitcast=True), 2), 3)  # 1024 + zero
+    scale = (words & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
+    scale = gl.convert_layout(scale, gl.SliceLayout(2, mma), assert_trivial=True)
+    c0, c1, c2, c3 = unpack(codes)
+    w0 = as_left((c0 - zero).to(DTYPE), mma)
+    w1 = as_left((c1 * 0.0625 - (zero - 960.0)).to(DTYPE), mma)
+    w2 = as_left((c2 - zero).to(DTYPE), mma)
+    w3 = as_left((c3 * 0.0625 - (zero - 960.0)).to(DTYPE), mma)
+    return w0, w1, w2, w3, gl.expand_dims(scale, 2)
+
+
+@gluon.jit
+def multiply(
+    x,  # what `share_tokens` returned
+    codes,  # what `load_weight` returned
+    words,
+    ROWS: gl.constexpr,
+    BLOCK_M: gl.constexpr,
+    STEP: gl.constexpr,
+    mma: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """ROWS rows of w x^T, summed over K and over the warps: fp32 [ROWS, TOKENS], TOKENS = 8 for a single one."""
+    TOKENS: gl.constexpr = 8 if BLOCK_M == 1 else BLOCK_M
+    X_ROWS: gl.constexpr = num_warps * BLOCK_M
+    acc = gl.zeros([num_warps, ROWS, TOKENS], gl.float32, mma)
+    for i in gl.static_range(STEP):
+        w0, w1, w2, w3, scale = left_operands(codes[i], words[i], x.dtype, mma)
+        x0, x1, x2, x3 = four_slices(x.slice(i * X_ROWS, X_ROWS), num_warps, TOKENS)
+        part = gl.zeros(acc.shape, gl.float32, mma)
+        part = mma_v2(w0, as_right(x0, mma), part)
+        part = mma_v2(w1, as_right(x1, mma), part)
+        part = mma_v2(w2, as_right(x2, mma), part)
+        part = mma_v2(w3, as_right(x3, mma), part)
+        acc += part * scale
+    return gl.sum(acc, 0)
+
+
+@gluon.jit
+def load_sums(
+    sums_ptr,  # fp32 [K/16, M, 2]
+    M,
+    K,
+    TILES: gl.constexpr,  # at least K/16, a power of two
+    BLOCK_M: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """The sums of x, and of its squares, over each 16 columns: two fp32 [TILES, BLOCK_M]."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, num_warps], [0, 1])
+    tile = gl.arange(0, TILES, layout=gl.SliceLayout(1, layout))
+    token = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    ptrs = sums_ptr + (tile * M * 2)[:, None] + (token * 2)[None, :]
+    mask = (tile * 16 < K)[:, None] & (token < M)[None, :]
+    return gl.load(ptrs, mask=mask, other=0.0), gl.load(ptrs + 1, mask=mask, other=0.0)
+
+
+@gluon.jit
+def total_of(sums, layout: gl.constexpr):
+    """fp32 [TILES, BLOCK_M] -> for each token the sum, [1, BLOCK_M], or a number where there is a single token."""
+    if sums.shape[1] == 1:
+        return gl.sum(gl.sum(sums, 0), 0)  # each warp by itself
+    else:
+        return gl.convert_layout(gl.sum(sums, 0), gl.SliceLayout(0, layout))[None, :]
+
+
+@gluon.jit
+def normalise(product, sums, squares, folded, K, eps, layout: gl.constexpr):
+    """w (gamma x)^T, fp32 [ROWS, TOKENS] -> w (gamma (x - mean) / deviation)^T, with folded = w gamma^T, fp32 [ROWS]."""
+    mean = total_of(sums, layout) / K
+    variance = gl.maximum(total_of(squares, layout) / K - mean * mean, 0.0)
+    return (product - folded[:, None] * mean) * gl.rsqrt(variance + eps)

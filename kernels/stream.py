@@ -1,0 +1,130 @@
+"""The residual stream between the kernels of a decode step, and LayerNorm taken apart so that it fits between them.
+
+    LayerNorm(x) w^T + b  =  ((gamma x) w^T  -  mean (gamma w^T)) / deviation  +  (beta w^T + b)
+
+mean and deviation are x's. So whoever multiplies by w need not know them before it has multiplied: it takes gamma x,
+and corrects its sums, a number a row. gamma w^T and beta w^T + b do not depend on x: they are made at load time. And
+mean and deviation need no pass over x: each kernel that writes a piece of x leaves the sums of what it wrote.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.int8 import Int8Weight, dequantize_int8
+from kernels.k00_reference import dequantize_reference
+from kernels.prepared import TILE_ROWS, PreparedWeight, restore
+
+
+BLOCK_L = 128  # positions of the cache that a program of lesson 19 attends to
+
+
+class Stream(NamedTuple):
+    """The residual stream x of M tokens, one row each, with what its readers want.
+
+    Attributes:
+        residual: fp32 [M, C], x.
+        scaled: fp16 [M, C], x times the weight of the LayerNorm that reads it next.
+        sums: fp32 [C/16, M, 2], the sums of x and of its squares over each 16 columns. C is a multiple of 16.
+    """
+
+    residual: Tensor
+    scaled: Tensor
+    sums: Tensor
+
+    @classmethod
+    def zeros(cls, m: int, c: int, device: torch.device) -> "Stream":
+        """The stream of M tokens and C columns, x = 0."""
+        return cls(
+            torch.zeros((m, c), device=device),
+            torch.zeros((m, c), dtype=torch.float16, device=device),
+            torch.zeros((c // TILE_ROWS, m, 2), device=device),
+        )
+
+    def write(self, x: Tensor, gamma: Tensor) -> None:
+        """Makes x, floating [M, C], the stream, to be read by a LayerNorm with the weight gamma [C]. In plain torch."""
+        x = x.float()
+        self.residual.copy_(x)
+        self.scaled.copy_(x * gamma)
+        tiles = x.unflatten(1, (-1, TILE_ROWS))  # [M, C/16, 16]
+        self.sums.copy_(torch.stack([tiles.sum(2), tiles.square().sum(2)], 2).transpose(0, 1))
+
+
+class FoldedNorm(NamedTuple):
+    """What a LayerNorm adds to the linear layer behind it.
+
+    Attributes:
+        folded: fp32 [N], gamma w^T.
+        bias: fp32 [N], beta w^T + b.
+    """
+
+    folded: Tensor
+    bias: Tensor
+
+
+def fold_norm(weight: Tensor | Int8Weight | PreparedWeight, gamma: Tensor, beta: Tensor, bias: Tensor | None = None) -> FoldedNorm:
+    """Takes a LayerNorm's weight and bias, floating [K], into the linear layer behind it, w [N, K] and bias [N]."""
+    w = values(weight)
+    bias = torch.zeros(len(w), device=w.device) if bias is None else bias
+    return FoldedNorm(w.float() @ gamma.float(), w.float() @ beta.float() + bias.float())
+
+
+def values(weight: Tensor | Int8Weight | PreparedWeight) -> Tensor:
+    """The numbers that a weight [N, K] stands for: fp32, or what dtype it has if it is a plain tensor."""
+    if isinstance(weight, PreparedWeight):
+        return dequantize_reference(restore(weight), torch.float32)
+    return dequantize_int8(weight, torch.float32) if isinstance(weight, Int8Weight) else weight
+
+
+def gelu_reference(x: Tensor) -> Tensor:
+    """GELU in the tanh form, GPT-2's: floating [...] -> [...]."""
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+class Parts(NamedTuple):
+    """Where the programs of a head leave what they found, for whichever of them is the last.
+
+    Attributes:
+        outs: fp32 [B, H, SPLITS, BLOCK_D], the sums of values, weighted relative to the part's largest score.
+        tops: fp32 [B, H, SPLITS], the largest scores.
+        totals: fp32 [B, H, SPLITS], the sums of weights.
+        arrived: int32 [B, H], how many parts are done; 0 between launches.
+        length: of the cache, L.
+    """
+
+    outs: Tensor
+    tops: Tensor
+    totals: Tensor
+    arrived: Tensor
+    length: int
+
+    @classmethod
+    def empty(cls, batch_size: int, n_head: int, head_size: int, length: int, device: torch.device) -> "Parts":
+        """For a cache of `length` positions."""
+        heads = (batch_size, n_head)
+        splits = next_power_of_2(-(-length // BLOCK_L))
+        return cls(
+            torch.empty((*heads, splits, next_power_of_2(head_size)), device=device),
+            torch.empty((*heads, splits), device=device),
+            torch.empty((*heads, splits), device=device),
+            torch.zeros(heads, dtype=torch.int32, device=device),
+            length,
+        )
+
+
+def attend_reference(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+    """The same in plain torch, without Parts; in any dtype."""
+    batch_size, heads, length, head_size = k.shape
+    rows = torch.arange(batch_size, device=k.device)
+    q, new_k, new_v = qkv.view(batch_size, 3, heads, head_size).unbind(1)  # each [B, H, D]
+    k[rows, :, positions.flatten()] = new_k
+    v[rows, :, positions.flatten()] = new_v
+    seen = torch.arange(length, device=k.device) <= positions.view(-1, 1, 1, 1)  # [B, 1, 1, L]
+    out = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen)  # [B, H, 1, D]
+    return out.reshape(batch_size, heads * head_size)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, n at least 1."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,99 @@
+"""A decode step of an int4 GPT in five kernels a block: what lessons 18 to 20 are for.
+
+A step for one token is short of arithmetic and of bytes: what it has too much of is kernels, one after the other. As
+plain layers a block takes some fifteen; here LayerNorm, bias, GELU and the residual sum are parts of the matmuls.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels import FoldedNorm, Parts, PreparedWeight, Stream
+from minigpt.model import GPT, Block, KVCache
+from minigpt.quantization.linear import Int4Linear
+
+MOST_SEQUENCES = 8
+
+
+class FusedBlock:
+    """A block's weights as the fused kernels want them: both norms taken into the layers behind them."""
+
+    def __init__(self, block: Block) -> None:
+        self.c_attn, self.norm_1 = _folded(block.ln_1, block.attn.c_attn)
+        self.c_fc, self.norm_2 = _folded(block.ln_2, block.mlp.c_fc)
+        self.attn_proj, self.attn_bias = _held(block.attn.c_proj), block.attn.c_proj.bias
+        self.mlp_proj, self.mlp_bias = _held(block.mlp.c_proj), block.mlp.c_proj.bias
+
+
+class FusedStep:
+    """Computes a step's logits, as `minigpt.decode.StepLogits`, for up to 8 sequences.
+
+    It shares the model's int4 weights, and keeps buffers for the batch that it has seen last. Biases and LayerNorms
+    are read when it is made: a model changed afterwards needs a new one.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self.config = model.config
+        self.wpe = model.wpe.weight
+        self.wte = _embedding(model)
+        self.blocks = [FusedBlock(block) for block in model.h]
+        # The weight of the norm that reads the stream after each addition to it, in order.
+        self.gammas = [norm.weight for block in model.h for norm in (block.ln_1, block.ln_2)] + [model.ln_f.weight]
+        self.norm_f = kernels.fold_norm(self.wte, model.ln_f.weight, model.ln_f.bias)
+        self.stream: Stream | None = None
+        self.parts: Parts | None = None
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """tokens, positions: int64 [B, 1]; -> logits of the next tokens, float16 [B, V]."""
+        stream, parts = self._buffers(len(tokens), cache)
+        eps = self.config.layer_norm_epsilon
+        kernels.embed(tokens, positions, self.wte, self.wpe, self.gammas[0], stream)
+        for layer, block in enumerate(self.blocks):
+            qkv = kernels.normed_matmul(stream, block.c_attn, block.norm_1, eps)  # [B, 3C]
+            y = kernels.attend(qkv, cache.k[layer], cache.v[layer], positions, parts)  # [B, C]
+            kernels.add_matmul(y, block.attn_proj, block.attn_bias, stream, self.gammas[2 * layer + 1])
+            hidden = kernels.normed_matmul(stream, block.c_fc, block.norm_2, eps, gelu=True)  # [B, 4C]
+            kernels.add_matmul(hidden, block.mlp_proj, block.mlp_bias, stream, self.gammas[2 * layer + 2])
+        return kernels.score(stream, self.wte, self.norm_f, eps)
+
+    def _buffers(self, batch_size: int, cache: KVCache) -> tuple[Stream, Parts]:
+        device, c = cache.k[0].device, self.config
+        length = cache.k[0].shape[2]
+        if self.stream is None or len(self.stream.residual) != batch_size:
+            self.stream = Stream.zeros(batch_size, c.n_embd, device)
+            self.parts = None
+        if self.parts is None or self.parts.length != length:
+            self.parts = Parts.empty(batch_size, c.n_head, c.n_embd // c.n_head, length, device)
+        return self.stream, self.parts
+
+
+def fused_step(model: GPT, batch_size: int) -> FusedStep | None:
+    """The fused step for a model and as many sequences, or None where the kernels do not serve it.
+
+    They do for models whose blocks are all int4 with groups of a multiple of 64, in fp16, on an NVIDIA GPU of sm_80
+    or newer, and up to 8 sequences.
+    """
+    linears = [layer for b in model.h for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+    fits = all(
+        isinstance(layer, Int4Linear)
+        and isinstance(layer.held, PreparedWeight)
+        and kernels.can_fuse(layer.held, model.wpe.weight.dtype)
+        for layer in linears
+    )
+    return FusedStep(model) if fits and batch_size <= MOST_SEQUENCES and model.config.n_embd % 64 == 0 else None
+
+
+def _held(layer: nn.Module) -> PreparedWeight:
+    assert isinstance(layer, Int4Linear)
+    held = layer.held
+    return held if isinstance(held, PreparedWeight) else kernels.prepare(held)
+
+
+def _folded(norm: nn.LayerNorm, layer: nn.Module) -> tuple[PreparedWeight, FoldedNorm]:
+    weight = _held(layer)
+    return weight, kernels.fold_norm(weight, norm.weight, norm.bias, layer.bias)
+
+
+def _embedding(model: GPT) -> Tensor:
+    """The token embedding as it is stored."""
+    return model.wte.weight
