@@ -115,7 +115,12 @@ def matmul_int8(x: Tensor, weight: Int8Weight) -> Tensor:
 
 @functools.cache
 def has_int4_kernel() -> bool:
-    """Whether this torch has its int4 kernel for this CPU: tried out on a small product."""
+    """Whether this torch has a fast int4 kernel for this CPU, tried out on a small product.
+
+    Without AVX2 it has one in plain C++, which is slower than the reference.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
     weight = QuantizedWeight(
         torch.full((4, 16), 0x11111111, dtype=torch.int32),  # all codes 1
         torch.ones(1, 16, dtype=torch.float16),
@@ -130,7 +135,7 @@ def has_int4_kernel() -> bool:
 
 @functools.cache
 def has_int8_kernel() -> bool:
-    """Whether this torch multiplies int8 matrices on this CPU exactly: some add up in 16 bits, which may not suffice."""
+    """Whether this torch multiplies int8 matrices exactly here: without VNNI a CPU adds up in 16 bits, too few."""
     a, b = (torch.full((rows, 256), 127, dtype=torch.int8) for rows in (2, 16))
     b[::2] = -127
     try:

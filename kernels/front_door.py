@@ -1,9 +1,9 @@
 """The front door: what programs call, without knowing which lesson serves them.
 
-On a GPU the lessons' Triton kernels, everywhere else the plain torch of lesson 0 and, for a weight prepared for it,
-torch's own kernels for CPUs. RULES below says which lesson multiplies. On a GPU whose architecture is not among MEASURED, lesson 9's launch options are tuned when a shape is
-first seen (lesson 14 says how, and where they are remembered); MINIGPT_AUTOTUNE=1 in the environment asks for that on
-every GPU.
+On a GPU the lessons' Triton kernels; everywhere else the plain torch of lesson 0 and, for a weight prepared for it,
+torch's own kernels for CPUs. RULES below says which lesson multiplies. On a GPU whose architecture is not among
+MEASURED, lesson 9's launch options are tuned when a shape is first seen (lesson 14 says how, and where they are
+remembered); MINIGPT_AUTOTUNE=1 in the environment asks for that on every GPU.
 """
 
 import functools
@@ -160,7 +160,7 @@ def matmul(
 def matmul_int8(x: Tensor, weight: Int8Weight) -> Tensor:
     """x @ w^T with an int8 weight, accumulated in float32 or exactly; no gradients.
 
-    On a GPU lesson 16's kernel for few tokens, for more the weight is written out and multiplied by the vendor's matmul.
+    On a GPU lesson 16's kernel for few tokens; for more the weight is written out for the vendor's matmul.
     On a CPU torch's int8 kernel where it is exact, else float32.
 
     Args:

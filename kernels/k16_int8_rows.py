@@ -20,10 +20,10 @@ numbers, exactly. Tall and narrow weights have programs enough: nothing is split
 
 THE PRICE. Bytes: 50,257 x 768 is 38.6 MB, 9.2 microseconds at an H200's 4.2 TB/s; 50,257 x 1600 is 80.4 MB, 19
 microseconds; FP16 takes twice that. Instructions for one token: a conversion, of which a multiprocessor starts 64 a
-clock, and a multiply-add, 128 a clock, for each code: 38.6 million * (1/64 + 1/128) / 132 clocks = 3.9 microseconds, less
-than half of what the bytes take. So, unlike lesson 10's, this kernel should be all bytes.
+clock, and a multiply-add, 128 a clock, for each code: 38.6 million * (1/64 + 1/128) / 132 clocks = 3.9 microseconds,
+less than half of what the bytes take. So, unlike lesson 10's, this kernel should be all bytes.
 
-MEASURED: TODO(measure on an H200: results/k16_int8_rows.json; prediction, outcome, surprise, what was tried and failed).
+MEASURED: TODO(H200: results/k16_int8_rows.json; prediction and outcome, a surprise, what was tried and failed).
 
 NEXT. What remains of a decode step is in the launches themselves: fuse, and capture. EXERCISE. With int4 codes and
 groups of 64 the weight has half the bytes. Work out lesson 10's instructions for it, and which of the two limits it.
@@ -118,7 +118,7 @@ def launch_options(m: int, k: int) -> dict[str, int]:
     """Rows a program, columns a step, warps: for m tokens and rows of k codes."""
     if m == 1:
         return {"ROWS": 16, "BLOCK_K": 512 if k > 1024 else 256, "num_warps": 4}
-    return {"ROWS": 64, "BLOCK_K": 128, "BLOCK_M": MOST_TOKENS, "num_warps": 4, "num_stages": 4}
+    return {"ROWS": 32, "BLOCK_K": 64, "BLOCK_M": MOST_TOKENS, "num_warps": 4, "num_stages": 4}
 
 
 def matmul(x: Tensor, weight: Int8Weight) -> Tensor:

@@ -7,8 +7,9 @@ A checkpoint is a folder:
     tokenizer.tiktoken    only if the model has a tokenizer of its own
 
 Our fp16 checkpoints load in transformers as any GPT-2; our int4 ones have GPTQ's layout ("gptq_v2": zeros as they
-are, not less one), but for the token embedding if that is packed, too (`minigpt.quantization.embedding`). OpenAI's GPT-2 stores its linear weights as [in_features, out_features], the transpose of torch's
-nn.Linear; so do our files. A missed transpose goes unnoticed where a layer is square, except in the logits.
+are, not less one), but for the token embedding if that is packed, too (`minigpt.quantization.embedding`). OpenAI's
+GPT-2 stores its linear weights as [in_features, out_features], the transpose of torch's nn.Linear; so do our files. A
+missed transpose goes unnoticed where a layer is square, except in the logits.
 """
 
 import contextlib

@@ -93,7 +93,7 @@ class Int4Embedding(Int4Weight):
 
 
 class TiedOutput(nn.Module):
-    """The output layer over an embedding's weight. It owns nothing: the weight is listed and saved as the embedding's."""
+    """The output layer over an embedding's weight. It owns nothing: the weight is saved as the embedding's."""
 
     def __init__(self, embedding: Int8Embedding | Int4Embedding) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ CPU_BUFFERS = ("packed", "scale_shifts")  # of a CPUWeight, which has a Quantize
 
 
 class Int4Weight(nn.Module):
-    """Holds a weight [out_features, in_features] in int4 (`kernels.k00_reference`), in the layout that suits the device.
+    """A weight [out_features, in_features] in int4 (`kernels.k00_reference`), held in the layout that suits the device.
 
     On a GPU that is the layout that the kernels read (`kernels.prepared`), and no other. On a CPU it is the file's, and
     beside it, where torch has an int4 kernel for this CPU and this weight, the one that this kernel reads

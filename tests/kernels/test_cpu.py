@@ -10,7 +10,9 @@ needs_kernel = pytest.mark.skipif(not cpu.has_int4_kernel(), reason="this torch 
 
 
 @needs_kernel
-@pytest.mark.parametrize(("n", "k", "group_size"), [(16, 32, 32), (40, 192, 64), (71, 256, 128), (1, 64, 64), (257, 512, 256)])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(16, 32, 32), (40, 192, 64), (71, 256, 128), (1, 64, 64), (257, 512, 256)]
+)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
