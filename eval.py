@@ -25,7 +25,7 @@ from minigpt.errors import UserError, run_script
 from minigpt.files import check_file, write_json
 from minigpt.model import GPT
 from minigpt.quantization.convert import block_linears
-from minigpt.quantization.linear import Int4Linear
+from minigpt.quantization.linear import Int4Linear, describe_path
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import encode, tokenizer_for
 
@@ -43,6 +43,7 @@ class Row:
     decode_tokens_per_second: float
     peak_memory_bytes: int | None
     device: str
+    int4_path: str
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,6 +118,7 @@ def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: ar
         decode_tokens_per_second=decode,
         peak_memory_bytes=memory.read(),
         device=protocol["device"],
+        int4_path=describe_path(model),
     )
 
 
@@ -210,6 +212,7 @@ def main() -> None:
     print(describe_protocol(protocol) + "\n", flush=True)
     rows = [measure(each, tokens, protocol, args) for each in (path, *args.quantized)]
     print(format_rows(rows))
+    print("int4 path: " + ", ".join(dict.fromkeys(row.int4_path for row in rows if row.int4_path)))
     if args.json:
         content = {"protocol": protocol, "rows": [dataclasses.asdict(row) for row in rows]}
         write_json(args.json, content)

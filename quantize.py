@@ -4,7 +4,8 @@
     python quantize.py demo                 the model that ships with this project; no network needed
     python quantize.py demo --method absmax --group-size 128 --output my-int4
 
-The blocks' linear layers become int4; embeddings, LayerNorms and biases become fp16. Quantizing runs through the Triton
+The blocks' linear layers become int4; the token embedding, which is the output layer as well, becomes int8, or what
+--embedding says; the rest becomes fp16. Quantizing runs through the Triton
 kernels of `kernels/` on a GPU and through plain torch elsewhere, and gives the same codes. `python eval.py` then says
 what it cost.
 """
@@ -20,6 +21,7 @@ from minigpt.device import add_device_argument, check_device
 from minigpt.errors import UserError, run_script
 from minigpt.quantization import gptq_format
 from minigpt.quantization.convert import WHOLE_ROW, LayerReport, block_linears, quantize_model
+from minigpt.quantization.embedding import CHOICES, quantize_embedding
 from minigpt.quantization.rtn import METHODS, SYMMETRIC
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import FILE_NAME
@@ -39,6 +41,13 @@ def parse_args() -> argparse.Namespace:
         default=64,
         help="weights that share a scale; 'row' for one a row (default: 64)",
     )
+    parser.add_argument(
+        "--embedding",
+        choices=CHOICES,
+        default="int8",
+        help="the token embedding and output layer: int8, int4 in groups as the rest, or fp16,\n"
+        "which other tools can read (default: int8)",
+    )
     parser.add_argument("--output", type=Path, help="checkpoint folder to write (default: checkpoints/MODEL-int4)")
     add_device_argument(parser)
     args = parser.parse_args()
@@ -52,10 +61,13 @@ def group_size(text: str) -> int:
 
 
 def summary(reports: list[LayerReport]) -> str:
-    """A table with a row for each kind of layer, and one for all."""
+    """A table with a row for each kind of layer, one for all layers of the blocks, and one for a packed embedding."""
     rows = []
-    for kind in [*dict.fromkeys(report.kind for report in reports), "all"]:
-        chosen = [report for report in reports if kind in (report.kind, "all")]
+    blocks = [report for report in reports if report.kind != "wte"]
+    for kind in [*dict.fromkeys(report.kind for report in blocks), "all", "wte"]:
+        chosen = blocks if kind == "all" else [report for report in reports if report.kind == kind]
+        if not chosen:
+            continue
         weights = sum(report.weights for report in chosen)
         n_bytes = sum(report.stored_bytes for report in chosen)
         rows.append(
@@ -70,7 +82,7 @@ def summary(reports: list[LayerReport]) -> str:
                 f"{100 * sum(report.relative_error for report in chosen) / len(chosen):.2f}%",
             ]
         )
-    columns = ["layer", "layers", "weights", "bits/weight", "fp16", "int4", "mean |error|", "relative error"]
+    columns = ["layer", "layers", "weights", "bits/weight", "fp16", "packed", "mean |error|", "relative error"]
     return format_table(columns, rows)
 
 
@@ -90,12 +102,15 @@ def main() -> None:
     reports = list(
         tqdm(steps, total=len(list(block_linears(model))), desc=f"{args.method} on {args.device}", unit="layer")
     )
+    embedding_report = quantize_embedding(model, args.embedding, args.group_size)
+    if embedding_report:
+        reports.append(embedding_report)
     tokenizer_file = checkpoint.checkpoint_folder(path) / FILE_NAME
     checkpoint.save(
         model,
         output,
         tokenizer_file if tokenizer_file.exists() else None,
-        gptq_format.describe(args.method, args.group_size, args.method in SYMMETRIC),
+        gptq_format.describe(args.method, args.group_size, args.method in SYMMETRIC, args.embedding),
     )
     print(summary(reports))
     after = checkpoint.file_bytes(output)

@@ -16,15 +16,20 @@ if not torch.cuda.is_available():
 # `python -m kernels.k00_reference` finds that module imported already, by the next line. That is as it should be.
 warnings.filterwarnings("ignore", message="'kernels.k00_reference' found in sys.modules", category=RuntimeWarning)
 
-from kernels.front_door import dequantize, matmul, quantize  # noqa: E402
+from kernels.cpu import CPUWeight, prepare_for_cpu  # noqa: E402
+from kernels.front_door import dequantize, matmul, matmul_int8, quantize  # noqa: E402
 from kernels.fused import add_matmul, attend, can_fuse, embed, normed_matmul, score  # noqa: E402
+from kernels.int8 import Int8Weight, dequantize_int8, quantize_int8  # noqa: E402
 from kernels.k00_reference import QuantizedWeight, group_sizes, pack, unpack  # noqa: E402
+from kernels.lookup import lookup  # noqa: E402
 from kernels.prepared import PreparedWeight, prepare, restore  # noqa: E402
 from kernels.stream import FoldedNorm, Parts, Stream, fold_norm  # noqa: E402
 
 __all__ = [
     "FoldedNorm",
     "Parts",
+    "CPUWeight",
+    "Int8Weight",
     "PreparedWeight",
     "QuantizedWeight",
     "Stream",
@@ -34,12 +39,17 @@ __all__ = [
     "dequantize",
     "embed",
     "fold_norm",
+    "dequantize_int8",
     "group_sizes",
+    "lookup",
     "matmul",
     "normed_matmul",
+    "matmul_int8",
     "pack",
     "prepare",
+    "prepare_for_cpu",
     "quantize",
+    "quantize_int8",
     "restore",
     "score",
     "unpack",

@@ -20,6 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.int8 import Int8Weight
 from kernels.k00_reference import QuantizedWeight, dequantize_reference, quantize_reference
 from kernels.prepared import PreparedWeight
 
@@ -56,7 +57,9 @@ def has_mma(device: torch.device) -> bool:
     return ON_NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def check_operands(x: Tensor, weight: QuantizedWeight | PreparedWeight, bias: Tensor | None = None) -> None:
+def check_operands(
+    x: Tensor, weight: QuantizedWeight | PreparedWeight | Int8Weight, bias: Tensor | None = None
+) -> None:
     """Raises ValueError unless x is float16 or bfloat16 [..., in_features] and bias, if any, [out_features]."""
     n, k = weight.out_features, weight.in_features
     if x.shape[-1] != k:

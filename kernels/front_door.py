@@ -1,9 +1,9 @@
 """The front door: what programs call, without knowing which lesson serves them.
 
-On a GPU the lessons' Triton kernels, everywhere else the plain torch of lesson 0. RULES below says which lesson
-multiplies. On a GPU whose architecture is not among MEASURED, lesson 9's launch options are tuned when a shape is
-first seen (lesson 14 says how, and where they are remembered); MINIGPT_AUTOTUNE=1 in the environment asks for that on
-every GPU.
+On a GPU the lessons' Triton kernels; everywhere else the plain torch of lesson 0 and, for a weight prepared for it,
+torch's own kernels for CPUs. RULES below says which lesson multiplies. On a GPU whose architecture is not among
+MEASURED, lesson 9's launch options are tuned when a shape is first seen (lesson 14 says how, and where they are
+remembered); MINIGPT_AUTOTUNE=1 in the environment asks for that on every GPU.
 """
 
 import functools
@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import cpu
+from kernels.cpu import CPUWeight
+from kernels.int8 import Int8Weight, dequantize_int8, matmul_int8_reference
 from kernels.k00_reference import QuantizedWeight, dequantize_reference, quantize_reference
 from kernels.prepared import PreparedWeight, prepare, restore
 
@@ -63,6 +66,7 @@ RULES = (
     Rule(ANY_GPU, 8, ANY_NUMBER, 0, 16, "k13_w4a8"),
 )
 MEASURED = ("sm_90",)
+INT8_LESSON_TOKENS = 16  # lesson 16 multiplies this many; more are better served by the vendor's matmul
 
 
 def choose_lesson(gpu: str, activation_bits: int, m: int, n: int, k: int, group_size: int) -> str:
@@ -112,12 +116,16 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float16) -> T
 
 
 def matmul(
-    x: Tensor, weight: QuantizedWeight | PreparedWeight, bias: Tensor | None = None, activation_bits: int = 16
+    x: Tensor,
+    weight: QuantizedWeight | PreparedWeight | CPUWeight,
+    bias: Tensor | None = None,
+    activation_bits: int = 16,
 ) -> Tensor:
     """x @ w^T + bias with an int4 weight, accumulated in float32; no gradients.
 
     On a GPU give it a prepared weight: `prepare` it once, when the model is loaded. A weight in the file's format works
-    as well, but is prepared anew in each call, which takes many times as long as the product.
+    as well, but is prepared anew in each call, which takes many times as long as the product. On a CPU
+    `prepare_for_cpu` does the like; up to `cpu.MOST_TOKENS` tokens are then multiplied in bfloat16 (`kernels.cpu`).
 
     Args:
         x: float16, bfloat16 or float32 [..., K], on the weight's device; float32 is served by the reference only.
@@ -135,6 +143,11 @@ def matmul(
     _check(x, weight, bias, activation_bits)
     if bias is not None:
         bias = bias.to(x.dtype)
+    if isinstance(weight, CPUWeight):
+        if activation_bits == 16 and 0 < x.numel() <= cpu.MOST_TOKENS * x.shape[-1]:
+            out = cpu.matmul_int4(x, weight)
+            return out if bias is None else out + bias
+        weight = weight.file
     if isinstance(weight, QuantizedWeight):
         if not (HAS_TRITON and x.is_cuda):
             return matmul_reference(x, weight, bias, activation_bits)
@@ -144,7 +157,32 @@ def matmul(
     )
 
 
-def _check(x: Tensor, weight: QuantizedWeight | PreparedWeight, bias: Tensor | None, activation_bits: int) -> None:
+def matmul_int8(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x @ w^T with an int8 weight, accumulated in float32 or exactly; no gradients.
+
+    On a GPU lesson 16's kernel for few tokens; for more the weight is written out for the vendor's matmul.
+    On a CPU torch's int8 kernel where it is exact, else float32.
+
+    Args:
+        x: float16, bfloat16 or float32 [..., K], on the weight's device.
+        weight: of [N, K].
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: naming the shape or dtype that does not fit.
+    """
+    _check(x, weight, None, 16)
+    return torch.ops.minigpt.int8_matmul(x, weight.codes, weight.scales)
+
+
+def _check(
+    x: Tensor,
+    weight: QuantizedWeight | PreparedWeight | CPUWeight | Int8Weight,
+    bias: Tensor | None,
+    activation_bits: int,
+) -> None:
     n, k = weight.out_features, weight.in_features
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x has shape {list(x.shape)}, its last dimension must be the weight's in_features {k}")
@@ -211,6 +249,27 @@ def int4_matmul(
 def _(x: Tensor, codes: Tensor, scale_zeros: Tensor, *_: object) -> Tensor:
     """What comes out, without its numbers: for torch.compile."""
     return x.new_empty((*x.shape[:-1], scale_zeros.shape[1]))
+
+
+@torch.library.custom_op("minigpt::int8_matmul", mutates_args=())
+def int8_matmul(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """`matmul_int8` as the operator torch.ops.minigpt.int8_matmul over plain tensors."""
+    weight = Int8Weight(codes, scales)
+    m = x.numel() // weight.in_features
+    if m == 0:
+        return x.new_empty((*x.shape[:-1], weight.out_features))
+    if m <= INT8_LESSON_TOKENS and _serves(x):
+        with torch.cuda.device_of(x):
+            return importlib.import_module("kernels.k16_int8_rows").matmul(x, weight)
+    if x.is_cuda:
+        return torch.nn.functional.linear(x, dequantize_int8(weight, x.dtype))
+    return cpu.matmul_int8(x, weight) if cpu.has_int8_kernel() else matmul_int8_reference(x, weight)
+
+
+@int8_matmul.register_fake
+def _(x: Tensor, codes: Tensor, *_: object) -> Tensor:
+    """What comes out, without its numbers: for torch.compile."""
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def _serves(x: Tensor) -> bool:

@@ -48,7 +48,9 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
         ValueError: naming the shape or dtype that does not fit.
     """
     if weight.ndim != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, it must be floating [out_features, in_features]")
+        raise ValueError(
+            f"weight is {weight.dtype} {list(weight.shape)}, it must be floating [out_features, in_features]"
+        )
     largest = weight.abs().amax(1).float()  # [N]
     scales = (largest * (1 / MAX_LEVEL)).clamp(MIN_SCALE, MAX_SCALE).to(torch.float16)  # [N]
     levels = torch.round(weight.float() * reciprocal(scales)[:, None])  # [N, K]
@@ -62,7 +64,7 @@ def dequantize_int8(weight: Int8Weight, dtype: torch.dtype = torch.float16) -> T
 
 
 def matmul_int8_reference(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x @ w^T: floating [..., K] -> [..., N], in x's dtype. The codes are brought to that dtype a few rows at a time."""
+    """x @ w^T: floating [..., K] -> [..., N], in x's dtype. The codes become float32 a few rows at a time."""
     rows = max(1, CHUNK // weight.in_features)
     sums = [torch.nn.functional.linear(x.float(), codes.float()) for codes in weight.codes.split(rows)]
     return (torch.cat(sums, -1) * weight.scales.float()).to(x.dtype)

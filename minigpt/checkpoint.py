@@ -7,8 +7,9 @@ A checkpoint is a folder:
     tokenizer.tiktoken    only if the model has a tokenizer of its own
 
 Our fp16 checkpoints load in transformers as any GPT-2; our int4 ones have GPTQ's layout ("gptq_v2": zeros as they
-are, not less one). OpenAI's GPT-2 stores its linear weights as [in_features, out_features], the transpose of torch's
-nn.Linear; so do our files. A missed transpose goes unnoticed where a layer is square, except in the logits.
+are, not less one), but for the token embedding if that is packed, too (`minigpt.quantization.embedding`). OpenAI's
+GPT-2 stores its linear weights as [in_features, out_features], the transpose of torch's nn.Linear; so do our files. A
+missed transpose goes unnoticed where a layer is square, except in the logits.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from torch import Tensor
 from minigpt.config import PRESETS, GPTConfig
 from minigpt.errors import UserError
 from minigpt.model import GPT
-from minigpt.quantization import gptq_format
+from minigpt.quantization import embedding, gptq_format
 from minigpt.quantization.linear import Int4Linear
 from minigpt.tokenizer import FILE_NAME as TOKENIZER_FILE
 
@@ -48,7 +49,7 @@ PRETRAINED = (*HUB_REVISIONS, "demo")  # the models that are known by name
 
 # Linear weights, [in_features, out_features] in a file and [out_features, in_features] in the model.
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-PACKED = (".qweight", ".scales", ".qzeros")  # tensors of int4 layers, kept as they are
+PACKED = (".qweight", ".scales", ".qzeros", ".codes8")  # tensors of packed layers, kept as they are
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that old files carry along
 
 
@@ -126,6 +127,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
     if fields.get("quantization_config") is not None:
         try:
             gptq_format.install_empty_layers(model, tensors, fields["quantization_config"])
+            embedding.install_empty_embedding(model, tensors, fields["quantization_config"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
     state = {}
@@ -144,14 +146,16 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
             raise UserError(f"{path}: {name} is {tensor.dtype}, not {wanted.dtype}")
         state[name] = (tensor if packed else tensor.to(dtype)).contiguous()
         _check_finite(f"{path}: {name}", tensor, state[name])
-    tied = tensors.pop("lm_head.weight", None)
-    if tied is not None and not torch.equal(tied.to(dtype), state["wte.weight"]):
-        raise UserError(f"{path}: lm_head.weight differs from wte.weight; only tied output layers are supported")
+    if "wte.weight" in state:
+        tied = tensors.pop("lm_head.weight", None)
+        if tied is not None and not torch.equal(tied.to(dtype), state["wte.weight"]):
+            raise UserError(f"{path}: lm_head.weight differs from wte.weight; only tied output layers are supported")
     if tensors:
         raise UserError(f"{path}: {sorted(tensors)[0]} is no tensor of a GPT-2 with {config.n_layer} blocks")
     model.load_state_dict(state, strict=False, assign=True)
-    model.lm_head.weight = model.wte.weight
-    return model.to(device).eval().requires_grad_(False)
+    if "wte.weight" in state:
+        model.lm_head.weight = model.wte.weight
+    return model.to(device, dtype).eval().requires_grad_(False)
 
 
 def _check_finite(name: str, before: Tensor, after: Tensor) -> None:
@@ -211,15 +215,15 @@ def file_bytes(path: Path) -> int:
 
 
 def holds_another_model(folder: Path, model: GPT) -> bool:
-    """Whether a folder has a checkpoint with other token embeddings than `model`, in fp16: int4 keeps them as they are.
+    """Whether a folder has a checkpoint with other position embeddings than `model`, in fp16: int4 keeps them so.
 
     A folder without a whole checkpoint holds no model.
     """
     try:
-        wte = _read_tensors(folder, only="wte.weight").get("wte.weight", torch.empty(0))
+        wpe = _read_tensors(folder, only="wpe.weight").get("wpe.weight", torch.empty(0))
     except UserError:
         return False
-    return not torch.equal(wte.to(torch.float16), model.wte.weight.to("cpu", torch.float16))
+    return not torch.equal(wpe.to(torch.float16), model.wpe.weight.to("cpu", torch.float16))
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -281,6 +285,7 @@ def save(
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             tensors[f"transformer.{name}.g_idx"] = gptq_format.group_index(module)
+    tensors.setdefault(f"transformer.{embedding.STOP_SIGN}", torch.empty((0, model.config.n_embd), dtype=torch.float16))
     fields = model.config.to_dict() | {"dtype": "float16"}
     if quantization:
         fields["quantization_config"] = quantization

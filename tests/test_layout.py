@@ -34,7 +34,7 @@ def test_kernels_know_torch_and_triton_only(path):
 
 @pytest.mark.parametrize("path", files("kernels"), ids=lambda p: p.name)
 def test_lessons_import_only_the_reference_and_the_harness(path):
-    """And, from lesson 6 on, the layout of prepared weights."""
+    """And, from lesson 6 on, the layout of prepared weights; lesson 16, int8's format."""
     if path.name == "k00_reference.py":
         assert not any(name.startswith("kernels.") for name in imports(path))
     elif path.name in ("common.py", "prepared.py", "activations.py", "parts.py") or path.name.startswith("k"):
@@ -44,6 +44,7 @@ def test_lessons_import_only_the_reference_and_the_harness(path):
             "kernels.prepared",
             "kernels.activations",
             "kernels.parts",
+            "kernels.int8",
         )
         for name in imports(path):
             if name.startswith("kernels"):

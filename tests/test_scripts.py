@@ -25,6 +25,7 @@ ROW_FIELDS = {
     "decode_tokens_per_second": float,
     "peak_memory_bytes": int,
     "device": str,
+    "int4_path": str,
 }
 
 
@@ -59,8 +60,9 @@ def short_text(tmp_path_factory):
 def test_quantize_then_eval_the_demo(tmp_path, short_text):
     output = must_work(run(tmp_path, "quantize.py", "demo"))
     assert "mlp.c_proj" in output and "checkpoints/demo-int4" in output and "python eval.py demo" in output
+    assert "wte" in output
     table = must_work(run(tmp_path, "eval.py", "demo", "--dataset", short_text, "--json", "out.json"))
-    assert "perplexity" in table and "windows of 512, stride 512" in table
+    assert "int4 path: " in table and "perplexity" in table and "windows of 512, stride 512" in table
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     fp16, int4 = content["rows"]
     for row in (fp16, int4):

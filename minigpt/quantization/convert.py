@@ -32,10 +32,22 @@ class LayerReport:
     relative_error: float
     mean_absolute_error: float
 
+    @classmethod
+    def of(cls, name: str, before: Tensor, after: Tensor, stored_bytes: int) -> "LayerReport":
+        """Compares a weight with what it has become: floating [N, K], float32 [N, K]."""
+        error = after - before.float()
+        return cls(
+            name=name,
+            weights=before.numel(),
+            stored_bytes=stored_bytes,
+            relative_error=(error.norm() / before.float().norm().clamp(min=1e-30)).item(),
+            mean_absolute_error=error.abs().mean().item(),
+        )
+
     @property
     def kind(self) -> str:
-        """The layer's name without its block's number: attn.c_attn, attn.c_proj, mlp.c_fc or mlp.c_proj."""
-        return self.name.split(".", 2)[2]
+        """The name without its block's number: attn.c_attn, attn.c_proj, mlp.c_fc or mlp.c_proj; wte."""
+        return self.name.split(".", 2)[-1]
 
 
 def block_linears(model: GPT) -> Iterator[tuple[str, nn.Linear]]:
@@ -90,11 +102,4 @@ def _convert(model: GPT, name: str, method: Callable[[Tensor, int], QuantizedWei
     packed = method(weight, layer_group_size(layer.in_features, group_size))
     int4 = Int4Linear(packed, layer.bias.detach().to(torch.float16))
     model.set_submodule(name, int4)
-    error = dequantize(packed, torch.float32) - weight.float()
-    return LayerReport(
-        name=name,
-        weights=weight.numel(),
-        stored_bytes=int4.stored_bytes,
-        relative_error=(error.norm() / weight.float().norm().clamp(min=1e-30)).item(),
-        mean_absolute_error=error.abs().mean().item(),
-    )
+    return LayerReport.of(name, weight, dequantize(packed, torch.float32), int4.stored_bytes)

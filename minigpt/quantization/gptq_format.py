@@ -18,8 +18,8 @@ from minigpt.quantization.convert import WHOLE_ROW, block_linears, layer_group_s
 from minigpt.quantization.linear import Int4Linear
 
 
-def describe(method: str, group_size: int, symmetric: bool) -> dict[str, Any]:
-    """The `quantization_config` of a model that all its blocks' linear layers share."""
+def describe(method: str, group_size: int, symmetric: bool, embedding: str = "fp16") -> dict[str, Any]:
+    """The `quantization_config` of a model: what all its blocks' linear layers share, and what the embedding is."""
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
@@ -29,7 +29,7 @@ def describe(method: str, group_size: int, symmetric: bool) -> dict[str, Any]:
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",
-        "meta": {"quantizer": ["minigpt-int4"], "method": method},
+        "meta": {"quantizer": ["minigpt-int4"], "method": method, "embedding": embedding},
     }
 
 
@@ -62,13 +62,8 @@ def install_empty_layers(model: GPT, tensors: dict[str, Tensor], settings: dict[
         group_size = settings.get("group_size", WHOLE_ROW)
         if type(group_size) is not int or group_size not in (*group_sizes(layer.in_features), WHOLE_ROW):
             raise UserError(f"group_size {group_size!r} does not fit {name}, whose in_features is {layer.in_features}")
-        groups = layer.in_features // layer_group_size(layer.in_features, group_size)
         with torch.device("meta"):
-            weight = QuantizedWeight(
-                qweight=torch.empty((layer.in_features // 8, layer.out_features), dtype=torch.int32),
-                scales=torch.empty((groups, layer.out_features), dtype=torch.float16),
-                qzeros=torch.empty((groups, -(-layer.out_features // 8)), dtype=torch.int32),
-            )
+            weight = empty_weight(layer.out_features, layer.in_features, group_size)
             empty = Int4Linear(weight, torch.empty(layer.out_features, dtype=torch.float16))
         g_idx = tensors.pop(f"{name}.g_idx", None)
         if g_idx is not None and not torch.equal(g_idx, group_index(empty)):
@@ -79,6 +74,16 @@ def install_empty_layers(model: GPT, tensors: dict[str, Tensor], settings: dict[
         if qzeros is not None and version == "gptq":
             tensors[f"{name}.qzeros"] = _add_one(qzeros)
         model.set_submodule(name, empty)
+
+
+def empty_weight(out_features: int, in_features: int, group_size: int) -> QuantizedWeight:
+    """A weight of these sizes, its numbers not set; a group size of WHOLE_ROW is one scale a row."""
+    groups = in_features // layer_group_size(in_features, group_size)
+    return QuantizedWeight(
+        qweight=torch.empty((in_features // 8, out_features), dtype=torch.int32),
+        scales=torch.empty((groups, out_features), dtype=torch.float16),
+        qzeros=torch.empty((groups, -(-out_features // 8)), dtype=torch.int32),
+    )
 
 
 def _add_one(qzeros: Tensor) -> Tensor:

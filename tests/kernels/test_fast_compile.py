@@ -22,7 +22,7 @@ SHARED_MEMORY = 227 * 1024  # bytes a block may use on Hopper
 
 def plain_variants(arch):
     """The kernels that run on any GPU, with the sizes and options that their launchers use there."""
-    from kernels import k09_split_k, k10_gemv, k13_w4a8
+    from kernels import k09_split_k, k10_gemv, k13_w4a8, k16_int8_rows
 
     nvidia = arch not in AMD
     extras = {"HAS_BIAS": True, "ASM": nvidia, "PDL": nvidia and arch >= 90}
@@ -44,6 +44,12 @@ def plain_variants(arch):
                 "out_ptr": dtype,
             }
             yield k10_gemv.gemv_kernel, pointers, ("N", "K", "blocks"), options
+        pointers = {"x_ptr": dtype, "codes_ptr": "i8", "scales_ptr": "fp16", "out_ptr": dtype}
+        pdl = {"PDL": extras["PDL"]}
+        for k in (768, 1600):
+            yield k16_int8_rows.one_token_kernel, pointers, ("N", "K"), {**k16_int8_rows.launch_options(1, k), **pdl}
+        options = {**k16_int8_rows.launch_options(8, 768), **pdl}
+        yield k16_int8_rows.few_tokens_kernel, pointers, ("M", "N", "K"), options
         if arch != 75:  # its tensor cores multiply 8-bit numbers in a way that Triton does not know
             options = {**extras, **k13_w4a8.launch_options(512, 128), "GROUP_SIZE": 128, "GROUP_M": 8}
             pointers = {"x8_ptr": "i8", "token_scales_ptr": "fp32", "codes_ptr": "i8", "ratio_zeros_ptr": "i32"}
@@ -127,7 +133,8 @@ def compiled():
 def test_every_gpu_gets_its_kernels(compiled):
     for arch in (*NVIDIA, *AMD):
         kernels = {result["kernel"] for result in compiled["plain"] if result["arch"] == arch}
-        assert kernels == {"split_k_kernel", "gemv_kernel"} | ({"w4a8_kernel"} if arch != 75 else set())
+        everywhere = {"split_k_kernel", "gemv_kernel", "one_token_kernel", "few_tokens_kernel"}
+        assert kernels == everywhere | ({"w4a8_kernel"} if arch != 75 else set())
 
 
 def test_nothing_spills(compiled):

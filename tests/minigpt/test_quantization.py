@@ -11,8 +11,13 @@ from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization import gptq_format
 from minigpt.quantization.convert import WHOLE_ROW, quantize_model
-from minigpt.quantization.linear import Int4Linear
+from minigpt.quantization.linear import Int4Linear, describe_path
 from minigpt.quantization.rtn import METHODS, SYMMETRIC
+
+needs_cpu_kernel = pytest.mark.skipif(
+    not isinstance(kernels.prepare_for_cpu(kernels.quantize(torch.ones(16, 32), 32)), kernels.CPUWeight),
+    reason="this torch has no int4 kernel for this CPU",
+)
 
 
 @pytest.fixture
@@ -49,10 +54,11 @@ def test_reports_say_what_was_done(model, method):
 
 def test_int4_layer_computes_what_the_linear_layer_with_its_weight_does():
     linear = torch.nn.Linear(64, 24)
-    layer = Int4Linear(kernels.quantize(linear.weight.detach(), 32), linear.bias.detach())
     x = torch.randn(2, 5, 64)
-    expected = torch.nn.functional.linear(x, kernels.dequantize(layer.weight, torch.float32), linear.bias)
-    assert torch.allclose(layer(x), expected, atol=1e-6)
+    for group_size, tolerance in ((16, 1e-6), (32, 3e-2)):  # torch's CPU kernel, which takes 32, rounds to bfloat16
+        layer = Int4Linear(kernels.quantize(linear.weight.detach(), group_size), linear.bias.detach())
+        expected = torch.nn.functional.linear(x, kernels.dequantize(layer.weight, torch.float32), linear.bias)
+        assert torch.allclose(layer(x), expected, atol=tolerance)
 
 
 def prepare_layers(model):
@@ -113,6 +119,19 @@ def test_a_layer_holds_one_layout(model):
     assert {name for name, _ in layer.named_buffers()} == {"qweight", "scales", "qzeros"}
     for ours, theirs in zip(layer.bfloat16().weight, before, strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@needs_cpu_kernel
+def test_on_a_cpu_a_layer_holds_the_file_and_what_torchs_kernel_reads():
+    layer, other = (Int4Linear(kernels.quantize(torch.randn(40, 64), 32), torch.randn(40)) for _ in range(2))
+    assert {name for name, _ in layer.named_buffers()} == {"qweight", "scales", "qzeros", "packed", "scale_shifts"}
+    assert layer.state_dict().keys() == {"qweight", "scales", "qzeros", "bias"}
+    assert describe_path(layer) == "torch's CPU kernel"
+    x = torch.randn(3, 64)
+    for before, after in zip(layer.held, layer.half().float().held, strict=True):
+        assert before.dtype == after.dtype and torch.equal(before, after)
+    layer.load_state_dict(other.state_dict())  # what was packed from the old weight must not stay
+    assert torch.equal(layer(x), other(x))
 
 
 @pytest.mark.gpu

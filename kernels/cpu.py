@@ -1,0 +1,144 @@
+"""torch's own kernels for CPUs, which multiply packed weights without unpacking them first.
+
+Two of them, where torch has them for this CPU; elsewhere the references serve.
+
+**int4**: `_weight_int4pack_mm_for_cpu` reads codes in an order of its own, made once by
+`_convert_weight_to_int4pack_for_cpu`. It takes groups of 32, 64, 128 or 256, rows in sixteens, and adds up in float32;
+but x, scales and result are bfloat16, so the result is off by some 0.3%, as a bfloat16 model's is. (It takes float32
+and float16, too: fifty times slower.)
+
+**int8**: `_int_mm` multiplies int8 by int8 and adds up in int32, exactly. So that x loses nothing to speak of either,
+it goes in as two digits of 7 bits:
+
+    x ~ (128 * high + low) * unit        high -127..127, low -64..64, unit = the token's largest magnitude / (127 * 128)
+
+    x w^T ~ (128 * (high codes^T) + (low codes^T)) * unit * scale          off by 6e-5, fp16's own rounding is 3e-4
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.int8 import Int8Weight
+from kernels.k00_reference import QuantizedWeight, unpack
+
+GROUP_SIZES = (32, 64, 128, 256)
+ROWS = 16  # rows come in multiples of this; missing ones are added, and their results dropped
+# Tokens that torch's int4 kernel multiplies; more get the weight written out, in x's own dtype. On a CPU with AVX-512
+# the kernel is the faster at any number, but from here on by less than twice, and the other is exact.
+MOST_TOKENS = 1024
+DIGIT = 128
+LARGEST_DIGIT = 127
+
+
+class CPUWeight(NamedTuple):
+    """An int4 weight twice: as the file has it, and in the order of torch's CPU kernel.
+
+    That order is torch's own affair and differs from CPU to CPU, so the way back is the file's copy: 4 bits more.
+
+    Attributes:
+        qweight, scales, qzeros: see `QuantizedWeight`.
+        packed: uint8 [N', K/2], N' being N rounded up to a multiple of ROWS.
+        scale_shifts: bf16 [K/group_size, N', 2], such that w = (code - 8) * scale + shift.
+    """
+
+    qweight: Tensor
+    scales: Tensor
+    qzeros: Tensor
+    packed: Tensor
+    scale_shifts: Tensor
+
+    @property
+    def file(self) -> QuantizedWeight:
+        """The weight in the file's format."""
+        return QuantizedWeight(self.qweight, self.scales, self.qzeros)
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.file.in_features
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.file.out_features
+
+    @property
+    def group_size(self) -> int:
+        """How many weights along K share a scale and a zero."""
+        return self.file.group_size
+
+
+def prepare_for_cpu(weight: QuantizedWeight) -> QuantizedWeight | CPUWeight:
+    """Makes a weight ready for torch's int4 kernel; what that does not take stays as it is.
+
+    Args:
+        weight: on a CPU.
+    """
+    return _pack(weight) if weight.group_size in GROUP_SIZES and has_int4_kernel() else weight
+
+
+def _pack(weight: QuantizedWeight) -> CPUWeight:
+    missing = -weight.out_features % ROWS
+    codes = unpack(weight.qweight, weight.in_features).t()  # [N, K]
+    zeros = unpack(weight.qzeros.t(), weight.out_features).t()  # [K/group_size, N]
+    scales = weight.scales.float()  # [K/group_size, N]
+    scale_shifts = torch.stack([scales, (8 - zeros) * scales], -1).to(torch.bfloat16)
+    return CPUWeight(
+        *weight,
+        packed=torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(codes, (0, 0, 0, missing)).contiguous(), 1),
+        scale_shifts=F.pad(scale_shifts, (0, 0, 0, missing)),
+    )
+
+
+def matmul_int4(x: Tensor, weight: CPUWeight) -> Tensor:
+    """x @ w^T by torch's kernel, in bfloat16: floating [..., K] -> [..., N], in x's dtype."""
+    tokens = x.reshape(-1, weight.in_features).to(torch.bfloat16)
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, weight.packed, weight.group_size, weight.scale_shifts)
+    return out[:, : weight.out_features].to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def matmul_int8(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x @ w^T in whole numbers: floating [..., K] -> [..., N], in x's dtype."""
+    tokens = x.reshape(-1, weight.in_features).float()  # [M, K]
+    units = tokens.abs().amax(1, keepdim=True) / (LARGEST_DIGIT * DIGIT)  # [M, 1]
+    levels = tokens / units.clamp(min=torch.finfo(torch.float32).tiny)
+    high = torch.round(levels / DIGIT)
+    digits = torch.cat([high, torch.round(levels - DIGIT * high)]).to(torch.int8)  # [2 M, K]
+    sums = torch._int_mm(digits, weight.codes.t()).float()  # [2 M, N]
+    out = torch.add(sums[len(tokens) :], sums[: len(tokens)], alpha=DIGIT).mul_(units).mul_(weight.scales.float())
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@functools.cache
+def has_int4_kernel() -> bool:
+    """Whether this torch has a fast int4 kernel for this CPU, tried out on a small product.
+
+    Without AVX2 it has one in plain C++, which is slower than the reference.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    weight = QuantizedWeight(
+        torch.full((4, 16), 0x11111111, dtype=torch.int32),  # all codes 1
+        torch.ones(1, 16, dtype=torch.float16),
+        torch.zeros(1, 2, dtype=torch.int32),
+    )
+    try:
+        out = matmul_int4(torch.ones(1, 32), _pack(weight))
+    except (RuntimeError, AttributeError):
+        return False
+    return bool((out == 32).all())
+
+
+@functools.cache
+def has_int8_kernel() -> bool:
+    """Whether this torch multiplies int8 matrices exactly here: without VNNI a CPU adds up in 16 bits, too few."""
+    a, b = (torch.full((rows, 256), 127, dtype=torch.int8) for rows in (2, 16))
+    b[::2] = -127
+    try:
+        return torch.equal(torch._int_mm(a, b.t()), (a.long() @ b.long().t()).int())
+    except (RuntimeError, AttributeError):
+        return False

@@ -1,0 +1,61 @@
+"""torch's own int4 kernel for CPUs, against float64, and what happens where there is none."""
+
+import pytest
+import torch
+
+import kernels
+from kernels import cpu
+
+needs_kernel = pytest.mark.skipif(not cpu.has_int4_kernel(), reason="this torch has no int4 kernel for this CPU")
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(16, 32, 32), (40, 192, 64), (71, 256, 128), (1, 64, 64), (257, 512, 256)]
+)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_matmul(m, n, k, group_size, symmetric, dtype):
+    packed = kernels.quantize(torch.randn(n, k), group_size, symmetric)
+    weight = kernels.prepare_for_cpu(packed)
+    assert isinstance(weight, kernels.CPUWeight)
+    assert (weight.out_features, weight.in_features, weight.group_size) == (n, k, group_size)
+    assert all(torch.equal(back, there) for back, there in zip(weight.file, packed, strict=True))
+    x, bias = torch.randn(2, m, k).to(dtype), torch.randn(n)
+    out = kernels.matmul(x, weight, bias)
+    assert out.shape == (2, m, n) and out.dtype == dtype
+    w = kernels.dequantize(packed, torch.float32).double()
+    expected = x.double() @ w.t() + bias.double()
+    terms = x.double().abs() @ w.abs().t() + bias.double().abs()  # what the products and sums are as large as
+    assert ((out.double() - expected).abs() < 1e-2 * terms).all()
+    assert n == 1 or (out.double() - expected).norm() < 1e-2 * expected.norm()
+
+
+@needs_kernel
+def test_many_tokens_and_8_bit_activations_go_the_exact_way(monkeypatch):
+    packed = kernels.quantize(torch.randn(24, 64), 32)
+    weight = kernels.prepare_for_cpu(packed)
+    monkeypatch.setattr(cpu, "MOST_TOKENS", 3)
+    x = torch.randn(4, 64)
+    assert torch.equal(kernels.matmul(x, weight), kernels.matmul(x, packed))
+    assert not torch.equal(kernels.matmul(x[:3], weight), kernels.matmul(x[:3], packed))
+    assert torch.equal(kernels.matmul(x[:3], weight, None, 8), kernels.matmul(x[:3], packed, None, 8))
+    assert kernels.matmul(x[:0], weight).shape == (0, 24)
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 96])
+def test_group_sizes_that_the_kernel_does_not_take_stay_as_they_are(group_size):
+    packed = kernels.quantize(torch.randn(24, 96), group_size)
+    assert kernels.prepare_for_cpu(packed) is packed
+
+
+def test_without_the_kernel_weights_stay_as_they_are(monkeypatch):
+    """As with an older torch, or on a CPU that it has no kernel for, or one that gets it wrong."""
+    packed = kernels.quantize(torch.randn(32, 64), 32)
+    for broken in (lambda x, w: (_ for _ in ()).throw(RuntimeError("no kernel")), lambda x, w: torch.zeros(1, 16)):
+        cpu.has_int4_kernel.cache_clear()
+        monkeypatch.setattr(cpu, "matmul_int4", broken)
+        assert kernels.prepare_for_cpu(packed) is packed
+        monkeypatch.undo()
+    cpu.has_int4_kernel.cache_clear()
