@@ -1,4 +1,15 @@
-"""Calibration: some text on which a model is watched, so that quantizing knows what its layers are fed."""
+"""Calibration: some text on which a model is watched, so that quantizing knows what its layers are fed.
+
+Once some layers are quantized, the next one is fed inputs x that differ from those of the original model, X. What its
+output should be is still W X + b, so that is what its rounded weight q and its bias are chosen for:
+
+    E |W X + b - (q x + b')|^2
+
+GPTQ looks at x alone (it minimises |W x - q x|); the step to X is that of GPTAQ (Li et al. 2025, arXiv 2504.02692,
+"asymmetric calibration") and of Qronos (Zhang et al. 2025, arXiv 2505.11695). Written as here it needs no new
+algorithm: least squares says which unrounded weight, the goal, does best on x, and that is handed to the method as the
+weight to be rounded, with the covariance of x; the best bias brings the mean of the outputs to where it was.
+"""
 
 import contextlib
 from collections.abc import Iterator
@@ -92,18 +103,52 @@ def load_calibration(
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a calibrated method is told of a layer's inputs x.
+    """What is known of a layer's inputs: x in the model that is being quantized, X in the original one.
 
     Attributes:
         mean: E[x], float64 [in_features].
         hessian: E[(x - E[x]) (x - E[x])^T], damped until it is positive definite: float64 [in_features, in_features].
-            The mean is taken out because the layer's bias makes up for its error (see `watch`).
+        mean_drift: E[X - x], float64 [in_features]; zeros where the original model is not looked at.
+        drift: E[(X - x) (x - E[x])^T], float64 [in_features, in_features]; likewise.
         notes: what was out of the ordinary, and what was done about it.
     """
 
     mean: Tensor
     hessian: Tensor
+    mean_drift: Tensor
+    drift: Tensor
     notes: tuple[str, ...]
+
+    def goal(self, weight: Tensor, aim: float) -> Tensor:
+        """The weight that would bring the outputs closest to the original model's, if it were not rounded.
+
+        By least squares, W X = (W + W drift hessian^-1) x and what no weight can make of x.
+
+        Args:
+            weight: floating [out_features, in_features].
+            aim: how much of this step is taken, from 0, none, to 1, all of it.
+
+        Returns:
+            float32 [out_features, in_features].
+        """
+        step = torch.cholesky_solve(self.drift.t(), torch.linalg.cholesky(self.hessian)).t()  # [K, K]
+        return (weight.double() + aim * (weight.double() @ step)).float()
+
+    def bias(self, bias: Tensor, weight: Tensor, quantized: Tensor) -> Tensor:
+        """The bias with which the outputs' mean is that of W x, or of W X where the original model is looked at.
+
+        Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721,
+        section 4.2. As it makes up for the error of the mean, the Hessian need not count it, and is a covariance.
+
+        Args:
+            bias: floating [out_features].
+            weight, quantized: floating [out_features, in_features].
+
+        Returns:
+            float32 [out_features].
+        """
+        wanted = weight.double() @ (self.mean + self.mean_drift)
+        return (bias.double() + wanted - quantized.double() @ self.mean).float()
 
 
 class ResidualStream:
@@ -128,12 +173,14 @@ class ResidualStream:
         for i, chunk in enumerate(self._chunks):
             self._chunks[i] = block(chunk.to(self._device), 0, self._positions, None).cpu()
 
-    @torch.no_grad()
     def inputs_of(self, layer: nn.Module, block: nn.Module) -> Iterator[Tensor]:
-        """What reaches a layer inside the next block, a chunk at a time: yields float32 [tokens, in_features].
+        """What reaches a layer inside the next block, a chunk at a time: yields float32 [tokens, in_features]."""
+        for chunk in self._chunks:
+            yield self._input_of(layer, block, chunk.to(self._device)).flatten(0, -2)
 
-        The block runs only as far as it must.
-        """
+    @torch.no_grad()
+    def _input_of(self, layer: nn.Module, block: nn.Module, x: Tensor) -> Tensor:
+        """The layer's input, given the block's, [B, T, C]; the block runs only as far as it must."""
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -142,47 +189,50 @@ class ResidualStream:
 
         hook = layer.register_forward_pre_hook(catch)
         try:
-            for chunk in self._chunks:
-                with contextlib.suppress(_Reached):
-                    block(chunk.to(self._device), 0, self._positions, None)
-                yield caught.pop().flatten(0, -2)
+            with contextlib.suppress(_Reached):
+                block(x, 0, self._positions, None)
         finally:
             hook.remove()
+        return caught[0]
 
 
 class _Reached(Exception):  # noqa: N818 (nothing went wrong)
     """The layer's input is known; the rest of the block need not run."""
 
 
-def watch(name: str, layer: nn.Linear, block: nn.Module, stream: ResidualStream) -> LayerInputs:
-    """Sums up a layer's inputs over the calibration text, for the loss of Frantar et al. (`gptq.py`) with a free bias.
+def watch(name: str, inputs: Iterator[Tensor], original_inputs: Iterator[Tensor] | None = None) -> LayerInputs:
+    """Sums up a layer's inputs over the calibration text.
 
-    The error of an output is (w - q) x + (b - b'), which b' = b + (w - q) E[x] makes zero in the mean. (Nagel et al.
-    2019, "Data-Free Quantization Through Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2.)
-    What remains is (w - q) (x - E[x]), so the Hessian is the covariance: codes need not spend themselves on the mean.
+    Args:
+        name: of the layer, for errors and notes.
+        inputs: chunk by chunk, what reaches it in the model that is being quantized: float32 [tokens, in_features].
+        original_inputs: the same for the original model, where that is looked at.
 
     Raises:
         UserError: inputs are not finite, or no damping makes the Hessian positive definite.
     """
     count = 0
-    total = torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
-    products = torch.zeros((layer.in_features, layer.in_features), dtype=torch.float64, device=layer.weight.device)
-    for x in stream.inputs_of(layer, block):
+    sums: list[Tensor] = []  # in float64; within a chunk float32 does
+    for x in inputs:
         count += len(x)
-        total += x.sum(0, dtype=torch.float64)
-        products += x.t() @ x  # float32 does for a chunk
-    mean = total / count
-    hessian = products / count - torch.outer(mean, mean)
-    if not torch.isfinite(hessian).all():
+        terms = [x.sum(0), x.t() @ x]
+        if original_inputs is not None:
+            drift = next(original_inputs) - x
+            terms += [drift.sum(0), drift.t() @ x]
+        terms = [term.double() for term in terms]
+        sums = [total + term for total, term in zip(sums, terms, strict=True)] if sums else terms
+    mean, products, mean_drift, drift_products = (total / count for total in (*sums, *map(torch.zeros_like, sums))[:4])
+    hessian = products - torch.outer(mean, mean)
+    if not torch.isfinite(hessian + drift_products).all():
         raise UserError(f"the inputs of layer {name} are NaN or infinite on the calibration text; does the model work?")
     hessian, damping = damp(name, hessian)
     notes = []
     dead = int((products.diagonal() == 0).sum())
     if dead:
-        notes.append(f"{name}: {dead} of {layer.in_features} inputs are 0 on all the text; rounded to nearest")
+        notes.append(f"{name}: {dead} of {len(mean)} inputs are 0 on all the text; rounded to nearest")
     if damping > DAMPING:
         notes.append(f"{name}: its Hessian is not positive definite; damping raised from {DAMPING} to {damping:g}")
-    return LayerInputs(mean, hessian, tuple(notes))
+    return LayerInputs(mean, hessian, mean_drift, drift_products - torch.outer(mean_drift, mean), tuple(notes))
 
 
 def damp(name: str, hessian: Tensor) -> tuple[Tensor, float]:

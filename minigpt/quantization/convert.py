@@ -1,6 +1,7 @@
 """Walks a GPT and replaces the linear layers of its blocks by packed int4 ones."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from kernels import QuantizedWeight, dequantize, group_sizes
 from minigpt.errors import UserError
 from minigpt.model import GPT
-from minigpt.quantization.calibration import LayerInputs, ResidualStream, watch
+from minigpt.quantization.calibration import ResidualStream, watch
 from minigpt.quantization.linear import Int4Linear
+from minigpt.quantization.methods import Calibrated, DataFree, Method
 
 WHOLE_ROW = -1  # a group size, as GPTQ's files write it: one scale a row, however long the row is
 
@@ -67,16 +69,15 @@ def check_fits(model: GPT, group_size: int) -> None:
 
 
 def quantize_model(
-    model: GPT, method: Callable[..., QuantizedWeight], group_size: int, calibration: Tensor | None = None
+    model: GPT, method: Method, group_size: int, calibration: Tensor | None = None
 ) -> Iterator[LayerReport]:
     """Replaces the linear layers of the blocks one by one, in place; yields a report after each.
 
     Args:
         model: in evaluation mode. Its weights are read on the device they are on; biases become fp16.
-        method: one of `minigpt.quantization.methods`: called with a weight and a group size, and, if there is
-            calibration text, with the Hessian of the layer's inputs.
+        method: `minigpt.quantization.methods.METHODS` has them by name.
         group_size: weights that share a scale; WHOLE_ROW for one scale a row.
-        calibration: int64 [n, T], for a calibrated method: windows of text to watch the layers on.
+        calibration: int64 [n, T], windows of text to watch the layers on: for a Calibrated method, and for no other.
 
     Raises:
         UserError: at once and before any change: a layer's weights are not finite, or the group size does not fit.
@@ -86,52 +87,56 @@ def quantize_model(
     for name, layer in block_linears(model):
         if not torch.isfinite(layer.weight).all():
             raise UserError(f"layer {name} has weights that are NaN or infinite; this model cannot be quantized")
-    if calibration is not None:
-        return _walk(model, method, group_size, calibration)
-    return (_convert(model, name, method, group_size) for name, _ in list(block_linears(model)))
+    if isinstance(method, Calibrated):
+        if calibration is None:
+            raise ValueError("a calibrated method needs calibration text")
+        return _calibrated(model, method, group_size, calibration)
+    return _data_free(model, method, group_size)
 
 
-def _walk(
-    model: GPT, method: Callable[..., QuantizedWeight], group_size: int, windows: Tensor
-) -> Iterator[LayerReport]:
-    """`quantize_model` with calibration: each layer is watched with all the layers before it quantized already.
+def _data_free(model: GPT, method: DataFree, group_size: int) -> Iterator[LayerReport]:
+    for name, layer in list(block_linears(model)):
+        packed = method(layer.weight.detach(), layer_group_size(layer.in_features, group_size))
+        yield _replace(model, name, layer, packed, layer.bias)
 
-    The residual stream before a block is kept for all windows, in float32 on the CPU; a chunk of it at a time goes to
-    the model's device. (The one that GPTQ's authors call `inps`.)
+
+def _calibrated(model: GPT, method: Calibrated, group_size: int, windows: Tensor) -> Iterator[LayerReport]:
+    """Each layer is watched with all the layers before it quantized already.
+
+    The text flows through the model block by block, and, if the method aims at the original model's outputs, through
+    the blocks as they were, too.
     """
-    stream = ResidualStream(model, windows)
-    names = [name for name, _ in block_linears(model)]
+    stream, original_stream = ResidualStream(model, windows), ResidualStream(model, windows) if method.aim else None
     for i, block in enumerate(model.h):
-        for name in names:
-            if name.startswith(f"h.{i}."):
-                layer = model.get_submodule(name)
-                assert isinstance(layer, nn.Linear)
-                yield _convert(model, name, method, group_size, watch(name, layer, block, stream))
+        original = copy.deepcopy(block) if method.aim else block
+        for name, layer in [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
+            original_inputs = (
+                original_stream.inputs_of(original.get_submodule(name), original) if original_stream else None
+            )
+            inputs = watch(f"h.{i}.{name}", stream.inputs_of(layer, block), original_inputs)
+            weight = layer.weight.detach()
+            size = layer_group_size(layer.in_features, group_size)
+            packed = method.choose(inputs.goal(weight, method.aim), size, inputs.hessian)
+            bias = inputs.bias(layer.bias.detach(), weight, dequantize(packed, torch.float32))
+            yield _replace(model, f"h.{i}.{name}", layer, packed, bias, inputs.notes)
         stream.advance(block)
+        if original_stream:
+            original_stream.advance(original)
 
 
-def _convert(
-    model: GPT,
-    name: str,
-    method: Callable[..., QuantizedWeight],
-    group_size: int,
-    inputs: LayerInputs | None = None,
+def _replace(
+    model: GPT, name: str, layer: nn.Linear, packed: QuantizedWeight, bias: Tensor, notes: tuple[str, ...] = ()
 ) -> LayerReport:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    weight, bias = layer.weight.detach(), layer.bias.detach()
-    size = layer_group_size(layer.in_features, group_size)
-    packed = method(weight, size) if inputs is None else method(weight, size, inputs.hessian)
-    error = dequantize(packed, torch.float32) - weight.float()  # [N, K]
-    if inputs is not None:
-        bias = bias - error @ inputs.mean.float()  # so that the mean of the outputs stays as it was
-    int4 = Int4Linear(packed, bias.to(torch.float16))
+    """Puts an int4 layer in the place of `layer`, and says how far its weight is from the original one."""
+    int4 = Int4Linear(packed, bias.detach().to(torch.float16))
     model.set_submodule(name, int4)
+    weight = layer.weight.detach().float()
+    error = dequantize(packed, torch.float32) - weight
     return LayerReport(
         name=name,
         weights=weight.numel(),
         stored_bytes=int4.stored_bytes,
-        relative_error=(error.norm() / weight.float().norm().clamp(min=1e-30)).item(),
+        relative_error=(error.norm() / weight.norm().clamp(min=1e-30)).item(),
         mean_absolute_error=error.abs().mean().item(),
-        notes=inputs.notes if inputs is not None else (),
+        notes=notes,
     )

@@ -18,8 +18,7 @@ Two choices are left, and both matter:
 
 - Order: the inputs that weigh most in H first, while there are many left to make up for them ("act-order"). Groups
   stay where they are in the file, as their scales are chosen before ("static groups"): the kernels see no permutation.
-- Scales: of the ranges that `mse` tries, the one with the least (w - q) H_gg (w - q)^T, H_gg being the group's own
-  block of H.
+- Scales: of the ranges that `mse` tries, the one with the least error, each input weighed by its entry on H's diagonal.
 """
 
 import torch
@@ -64,34 +63,27 @@ def inverse_factor(hessian: Tensor) -> Tensor:
 
 
 def choose_group_scales(weight: Tensor, group_size: int, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """For each group the scale and zero, of RANGES narrower and narrower ranges, whose error the Hessian weighs least.
+    """For each group the scale and zero, of RANGES narrower and narrower ranges, whose error the inputs weigh least.
 
     Args:
         weight: floating [N, K].
         group_size: divides K.
-        hessian: float64 [K, K].
+        hessian: float64 [K, K]; only its diagonal counts here.
 
     Returns:
         scales: float16 [N, K/group_size], as `kernels.choose_scales` gives them.
         zeros: int32 [N, K/group_size], 0..15.
     """
     groups = weight.float().unflatten(1, (-1, group_size))  # [N, G, g]
-    blocks = group_blocks(hessian, group_size).float()  # [G, g, g]
+    importance = hessian.diagonal().view(-1, group_size).float()  # [G, g]
     best_scales, best_zeros = choose_scales(groups, symmetric=False)
     best_loss = torch.full_like(best_scales, torch.inf, dtype=torch.float32)
     for step in range(RANGES):
         scales, zeros = choose_scales(groups, symmetric=False, shrink=1 - step / (2 * RANGES))
         levels = (encode(groups, scales, zeros) - zeros[..., None]).float()
-        errors = (groups - levels * scales[..., None].float()).transpose(0, 1)  # [G, N, g]
-        loss = ((errors @ blocks) * errors).sum(-1).t()  # [N, G]
+        loss = ((groups - levels * scales[..., None].float()).square() * importance).sum(-1)  # [N, G]
         better = loss < best_loss
         best_loss = torch.where(better, loss, best_loss)
         best_scales = torch.where(better, scales, best_scales)
         best_zeros = torch.where(better, zeros, best_zeros)
     return best_scales, best_zeros
-
-
-def group_blocks(hessian: Tensor, group_size: int) -> Tensor:
-    """The blocks of the groups on the Hessian's diagonal: [K, K] -> [K/group_size, group_size, group_size]."""
-    size = (-1, group_size)
-    return hessian.unflatten(0, size).unflatten(2, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -6,20 +6,22 @@ least. Each error is split: e, which may be large but should be rare, and what r
 
     minimise  sum |e|^p + beta/2 * |w - (q - zero) * scale - e|^2      in turns over e, and over scale and zero
 
-For fixed scale and zero the best e is a shrunk error (their equation 5, "generalised soft thresholding"); for fixed e,
-scale and zero are what least squares gives for the weights less e. beta grows from turn to turn.
+For fixed scale and zero the best e is a shrunk error (their "generalised soft thresholding"); for fixed e, scale and
+zero are what fits the weights less e. beta grows from turn to turn.
 
-Ours differs in two points: the format has whole zeros, which alone would hardly ever move, so that the scale moves as
-well; and the best turn is kept, by the same sum of |e|^p.
+Ours differs, as the format has whole zeros, which hardly ever move by themselves: it begins with what `mse` chooses,
+the scale moves as well, by least squares, and a group keeps the turn with the least |e|^p of those whose squared error
+is no larger than at the start. (Without that last condition the demo's KL divergence is 4% above that of `mse`.)
 """
 
 import torch
 from torch import Tensor
 
-from kernels import QuantizedWeight, choose_scales, encode, pack_weight
+from kernels import QuantizedWeight, encode, pack_weight, unpack
+from minigpt.quantization.rtn import mse
 
 POWER = 0.7  # p
-BETA = 10.0  # to begin with, in units of 1 / step^(2 - p): of the range's sixteenth, so that weights of any size serve
+BETA = 10.0  # to begin with; errors are measured in steps of the first scale, so that weights of any size are served
 BETA_GROWTH = 1.01
 TURNS = 20
 
@@ -27,17 +29,20 @@ TURNS = 20
 def hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
     """Half-quadratic choice of scales and zeros: floating [out_features, in_features] -> int4."""
     groups = weight.float().unflatten(1, (-1, group_size))  # [N, G, g]
-    scales, zeros = choose_scales(groups, symmetric=False)  # [N, G] each
+    start = mse(weight, group_size)
+    scales, zeros = start.scales.t(), unpack(start.qzeros.t(), len(weight))  # [N, G] each
     best_scales, best_zeros = scales, zeros
-    best_loss = torch.full_like(scales, torch.inf, dtype=torch.float32)
+    best_loss = squares_at_start = torch.full_like(scales, torch.inf, dtype=torch.float32)  # [N, G]
     unit = scales[..., None].float()  # errors are measured in the first steps
     beta = BETA
-    for _ in range(TURNS):
+    for turn in range(TURNS):
         codes = encode(groups, scales, zeros).float()  # [N, G, g]
         levels = codes - zeros[..., None]
         errors = (groups - levels * scales[..., None].float()) / unit
-        loss = errors.abs().pow(POWER).sum(-1)  # [N, G]
-        better = loss < best_loss
+        loss, squares = errors.abs().pow(POWER).sum(-1), errors.square().sum(-1)  # [N, G]
+        if turn == 0:
+            squares_at_start = squares
+        better = (loss < best_loss) & (squares <= squares_at_start)
         best_loss = torch.where(better, loss, best_loss)
         best_scales = torch.where(better, scales, best_scales)
         best_zeros = torch.where(better, zeros, best_zeros)
