@@ -9,6 +9,11 @@ GPTQ looks at x alone (it minimises |W x - q x|); the step to X is that of GPTAQ
 "asymmetric calibration") and of Qronos (Zhang et al. 2025, arXiv 2505.11695). Written as here it needs no new
 algorithm: least squares says which unrounded weight, the goal, does best on x, and that is handed to the method as the
 weight to be rounded, with the covariance of x; the best bias brings the mean of the outputs to where it was.
+
+MEASURED as in gptq.py, where that file has 0.0088: neither bias nor covariance, KL divergence 0.0091 and perplexity up
+by 0.68%; the bias alone, 0.0091 and 0.47%; both, 0.0088 and 0.30%; and a quarter of the step to X, 0.0081 and 0.42%.
+(0.1% of perplexity, either way, is chance on so few windows.) Half of the step brings KL down further, to 0.0076 with
+scales by the diagonal, but perplexity up, to 0.62%.
 """
 
 import contextlib
@@ -27,6 +32,7 @@ from minigpt.model import GPT
 from minigpt.tokenizer import encode
 
 CHUNK_TOKENS = 4096  # tokens that go through a block at once
+TOKENS_PER_INPUT = 16  # of the widest layer, below which a warning is due: the demo does worse than `mse` with 8
 DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean; GPTQ's choice
 MAX_DAMPING = 1024.0
 
@@ -93,10 +99,11 @@ def load_calibration(
     n_windows = min(n_tokens, len(tokens)) // length
     generator = torch.Generator().manual_seed(seed)
     windows = data.random_windows(tokens, max(1, n_windows), length, generator)
-    if windows.numel() < 4 * config.n_embd:  # the widest layer's in_features
+    widest = 4 * config.n_embd
+    if windows.numel() < TOKENS_PER_INPUT * widest:
         warnings.append(
-            f"{windows.numel():,} calibration tokens say little about layers of {4 * config.n_embd:,} inputs; "
-            "give more --calibration-tokens"
+            f"{windows.numel():,} calibration tokens say little about layers of {widest:,} inputs, and the result may "
+            f"be worse than without; give {TOKENS_PER_INPUT * widest:,} or more"
         )
     return Calibration(name, windows, seed, warnings)
 

@@ -57,12 +57,12 @@ class TestText:
         path = tmp_path / "text.txt"
         path.write_text(data.load_text("demo")[:20000], encoding="utf-8")
         tokens = encode(tokenizer, path.read_text(encoding="utf-8"))
-        ours = load_calibration(str(path), tokenizer, CONFIG, 1000, seed=3)
-        assert ours.windows.shape == (1000 // 24, 24) and ours.tokens == 984 and ours.warnings == []
-        assert ours.describe() == {"text": str(path), "tokens": 984, "seed": 3}
+        ours = load_calibration(str(path), tokenizer, CONFIG, 4000, seed=3)
+        assert ours.windows.shape == (4000 // 24, 24) and ours.tokens == 3984 and ours.warnings == []
+        assert ours.describe() == {"text": str(path), "tokens": 3984, "seed": 3}
         whole = " ".join(map(str, tokens))
         assert all(" ".join(map(str, window)) in whole for window in ours.windows.tolist())
-        again, other = (load_calibration(str(path), tokenizer, CONFIG, 1000, seed).windows for seed in (3, 4))
+        again, other = (load_calibration(str(path), tokenizer, CONFIG, 4000, seed).windows for seed in (3, 4))
         assert torch.equal(ours.windows, again) and not torch.equal(ours.windows, other)
 
     def test_the_demos_is_what_it_was_trained_on(self, tokenizer, monkeypatch):
@@ -89,7 +89,7 @@ class TestText:
         training = " = Valkyria Chronicles III = \n \n Senjō no Valkyria 3 : Unrecorded Chronicles \n" * 20
         (tmp_path / "wikitext-2" / "wiki.train.raw").write_text(training, encoding="utf-8")
         monkeypatch.setenv("MINIGPT_DATA", str(tmp_path))
-        (warning,) = load_calibration("wikitext-2", tokenizer, CONFIG, 240, 0).warnings
+        warning = load_calibration("wikitext-2", tokenizer, CONFIG, 240, 0).warnings[0]
         assert "perplexity on WikiText will flatter this model" in warning
         (tmp_path / "any.txt").write_text("\n = Robert Boulter = \n \n Robert Boulter is \n", encoding="utf-8")
         with pytest.raises(UserError, match="any.txt: this is WikiText's test split"):
@@ -209,22 +209,31 @@ class TestWalk:
             damp("some.layer", torch.diag(torch.tensor([1.0, -0.9999], dtype=torch.float64)))
 
     def test_no_method_is_worse_than_mse_on_the_trained_model(self):
-        """By the KL divergence to the original model, on text that neither it nor the calibration has seen."""
-        folder = checkpoint.DEMO_FOLDER
-        tokenizer = read_tokenizer(folder / "tokenizer.tiktoken")
-        tokens = torch.tensor(encode(tokenizer, data.load_text("demo", "validation")[:9000]))[:2048].view(4, 512)
-        shown = torch.tensor(encode(tokenizer, data.load_text("demo", "train")[-30000:]))[:8192].view(32, 256)
+        """By the KL divergence to the original model, on text that neither it nor the calibration has seen.
+
+        To keep it short, of a model with the trained one's first two blocks.
+        """
+        tokenizer = read_tokenizer(checkpoint.DEMO_FOLDER / "tokenizer.tiktoken")
+        text = data.load_text("demo", "train")
+        pieces = "".join(text[start : start + 1500] for start in range(0, 6_000_000, 200_000))  # of many kinds
+        shown = torch.tensor(encode(tokenizer, pieces))[: 40 * 256].view(40, 256)
+        tokens = torch.tensor(encode(tokenizer, data.load_text("demo", "validation")[:9000]))[:2048].view(8, 256)
+
+        def load():
+            model = checkpoint.load(checkpoint.DEMO_FOLDER, torch.float32)
+            model.h = model.h[:2]
+            return model
 
         def log_probabilities(model):
             return model(tokens).log_softmax(-1).flatten(0, 1)
 
-        expected, kl = log_probabilities(checkpoint.load(folder, torch.float32)), {}
+        expected, kl = log_probabilities(load()), {}
         for name in ("mse", "hqq", *CALIBRATED):
-            model = checkpoint.load(folder, torch.float32)
+            model = load()
             list(quantize_model(model, METHODS[name], 64, shown if name in CALIBRATED else None))
             kl[name] = F.kl_div(log_probabilities(model), expected, log_target=True, reduction="batchmean").item()
-        assert kl["quantease"] < kl["gptq"] < 0.9 * kl["mse"], kl
-        assert kl["hqq"] < 1.03 * kl["mse"], kl  # level, give or take: it does not know the text either
+        assert kl["hqq"] < 1.02 * kl["mse"], kl  # level, give or take: it does not know the text either
+        assert all(kl[name] < 0.95 * kl["mse"] for name in CALIBRATED), kl
 
 
 class TestGoal:
