@@ -20,7 +20,15 @@ from kernels.cpu import CPUWeight, prepare_for_cpu  # noqa: E402
 from kernels.front_door import dequantize, matmul, matmul_int8, quantize  # noqa: E402
 from kernels.fused import add_matmul, attend, can_fuse, embed, normed_matmul, score  # noqa: E402
 from kernels.int8 import Int8Weight, dequantize_int8, quantize_int8  # noqa: E402
-from kernels.k00_reference import QuantizedWeight, group_sizes, pack, unpack  # noqa: E402
+from kernels.k00_reference import (  # noqa: E402
+    QuantizedWeight,
+    choose_scales,
+    encode,
+    group_sizes,
+    pack,
+    pack_weight,
+    unpack,
+)
 from kernels.lookup import lookup  # noqa: E402
 from kernels.prepared import PreparedWeight, prepare, restore  # noqa: E402
 from kernels.stream import FoldedNorm, Parts, Stream, fold_norm  # noqa: E402
@@ -40,12 +48,15 @@ __all__ = [
     "embed",
     "fold_norm",
     "dequantize_int8",
+    "choose_scales",
+    "encode",
     "group_sizes",
     "lookup",
     "matmul",
     "normed_matmul",
     "matmul_int8",
     "pack",
+    "pack_weight",
     "prepare",
     "prepare_for_cpu",
     "quantize",

@@ -16,7 +16,6 @@ from kernels.int8 import Int8Weight, dequantize_int8
 from kernels.k00_reference import dequantize_reference
 from kernels.prepared import TILE_ROWS, PreparedWeight, restore
 
-
 BLOCK_L = 128  # positions of the cache that a program of lesson 19 attends to
 
 

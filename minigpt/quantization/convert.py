@@ -1,6 +1,7 @@
 """Walks a GPT and replaces the linear layers of its blocks by packed int4 ones."""
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from kernels import QuantizedWeight, dequantize, group_sizes
 from minigpt.errors import UserError
 from minigpt.model import GPT
+from minigpt.quantization.calibration import ResidualStream, watch
 from minigpt.quantization.linear import Int4Linear
+from minigpt.quantization.methods import Calibrated, DataFree, Method
 
 WHOLE_ROW = -1  # a group size, as GPTQ's files write it: one scale a row, however long the row is
 
@@ -24,6 +27,7 @@ class LayerReport:
         stored_bytes: what they take in a file.
         relative_error: |w - w'| / |w| (Frobenius norms), w' being the dequantized weight.
         mean_absolute_error: of its weights.
+        notes: what was out of the ordinary, and what was done about it.
     """
 
     name: str
@@ -31,9 +35,12 @@ class LayerReport:
     stored_bytes: int
     relative_error: float
     mean_absolute_error: float
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, name: str, before: Tensor, after: Tensor, stored_bytes: int) -> "LayerReport":
+    def of(
+        cls, name: str, before: Tensor, after: Tensor, stored_bytes: int, notes: tuple[str, ...] = ()
+    ) -> "LayerReport":
         """Compares a weight with what it has become: floating [N, K], float32 [N, K]."""
         error = after - before.float()
         return cls(
@@ -42,6 +49,7 @@ class LayerReport:
             stored_bytes=stored_bytes,
             relative_error=(error.norm() / before.float().norm().clamp(min=1e-30)).item(),
             mean_absolute_error=error.abs().mean().item(),
+            notes=notes,
         )
 
     @property
@@ -76,30 +84,66 @@ def check_fits(model: GPT, group_size: int) -> None:
 
 
 def quantize_model(
-    model: GPT, method: Callable[[Tensor, int], QuantizedWeight], group_size: int
+    model: GPT, method: Method, group_size: int, calibration: Tensor | None = None
 ) -> Iterator[LayerReport]:
     """Replaces the linear layers of the blocks one by one, in place; yields a report after each.
 
     Args:
-        model: its weights are read on the device they are on; biases become fp16.
-        method: from `minigpt.quantization.rtn.METHODS`.
+        model: in evaluation mode. Its weights are read on the device they are on; biases become fp16.
+        method: `minigpt.quantization.methods.METHODS` has them by name.
         group_size: weights that share a scale; WHOLE_ROW for one scale a row.
+        calibration: int64 [n, T], windows of text to watch the layers on: for a Calibrated method, and for no other.
 
     Raises:
         UserError: at once and before any change: a layer's weights are not finite, or the group size does not fit.
+            On the way, with calibration: a layer's inputs are not finite, or its Hessian is beyond repair.
     """
     check_fits(model, group_size)
     for name, layer in block_linears(model):
         if not torch.isfinite(layer.weight).all():
             raise UserError(f"layer {name} has weights that are NaN or infinite; this model cannot be quantized")
-    return (_convert(model, name, method, group_size) for name, _ in list(block_linears(model)))
+    if isinstance(method, Calibrated):
+        if calibration is None:
+            raise ValueError("a calibrated method needs calibration text")
+        return _calibrated(model, method, group_size, calibration)
+    return _data_free(model, method, group_size)
 
 
-def _convert(model: GPT, name: str, method: Callable[[Tensor, int], QuantizedWeight], group_size: int) -> LayerReport:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    weight = layer.weight.detach()
-    packed = method(weight, layer_group_size(layer.in_features, group_size))
-    int4 = Int4Linear(packed, layer.bias.detach().to(torch.float16))
+def _data_free(model: GPT, method: DataFree, group_size: int) -> Iterator[LayerReport]:
+    for name, layer in list(block_linears(model)):
+        packed = method(layer.weight.detach(), layer_group_size(layer.in_features, group_size))
+        yield _replace(model, name, layer, packed, layer.bias)
+
+
+def _calibrated(model: GPT, method: Calibrated, group_size: int, windows: Tensor) -> Iterator[LayerReport]:
+    """Each layer is watched with all the layers before it quantized already.
+
+    The text flows through the model block by block, and, if the method aims at the original model's outputs, through
+    the blocks as they were, too.
+    """
+    stream, original_stream = ResidualStream(model, windows), ResidualStream(model, windows) if method.aim else None
+    for i, block in enumerate(model.h):
+        original = copy.deepcopy(block) if method.aim else block
+        for name, layer in [(name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
+            original_inputs = (
+                original_stream.inputs_of(original.get_submodule(name), original) if original_stream else None
+            )
+            inputs = watch(f"h.{i}.{name}", stream.inputs_of(layer, block), original_inputs)
+            weight = layer.weight.detach()
+            size = layer_group_size(layer.in_features, group_size)
+            packed = method.choose(inputs.goal(weight, method.aim), size, inputs.hessian)
+            bias = inputs.bias(layer.bias.detach(), weight, dequantize(packed, torch.float32))
+            yield _replace(model, f"h.{i}.{name}", layer, packed, bias, inputs.notes)
+        stream.advance(block)
+        if original_stream:
+            original_stream.advance(original)
+
+
+def _replace(
+    model: GPT, name: str, layer: nn.Linear, packed: QuantizedWeight, bias: Tensor, notes: tuple[str, ...] = ()
+) -> LayerReport:
+    """Puts an int4 layer in the place of `layer`, and says how far its weight is from the original one."""
+    int4 = Int4Linear(packed, bias.detach().to(torch.float16))
     model.set_submodule(name, int4)
-    return LayerReport.of(name, weight, dequantize(packed, torch.float32), int4.stored_bytes)
+    weight = layer.weight.detach()
+    return LayerReport.of(name, weight, dequantize(packed, torch.float32), int4.stored_bytes, notes)

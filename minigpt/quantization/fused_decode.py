@@ -4,7 +4,6 @@ A step for one token is short of arithmetic and of bytes: what it has too much o
 plain layers a block takes some fifteen; here LayerNorm, bias, GELU and the residual sum are parts of the matmuls.
 """
 
-import torch
 from torch import Tensor, nn
 
 import kernels

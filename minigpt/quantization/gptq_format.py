@@ -18,8 +18,17 @@ from minigpt.quantization.convert import WHOLE_ROW, block_linears, layer_group_s
 from minigpt.quantization.linear import Int4Linear
 
 
-def describe(method: str, group_size: int, symmetric: bool, embedding: str = "fp16") -> dict[str, Any]:
-    """The `quantization_config` of a model: what all its blocks' linear layers share, and what the embedding is."""
+def describe(
+    method: str,
+    group_size: int,
+    symmetric: bool,
+    embedding: str = "fp16",
+    calibration: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The `quantization_config` of a model: what all its blocks' linear layers share, and what the embedding is.
+
+    `calibration` says what text a calibrated method was shown (`minigpt.quantization.calibration`).
+    """
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
@@ -29,7 +38,8 @@ def describe(method: str, group_size: int, symmetric: bool, embedding: str = "fp
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",
-        "meta": {"quantizer": ["minigpt-int4"], "method": method, "embedding": embedding},
+        "meta": {"quantizer": ["minigpt-int4"], "method": method, "embedding": embedding}
+        | ({"calibration": calibration} if calibration else {}),
     }
 
 
