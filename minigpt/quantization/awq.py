@@ -20,7 +20,8 @@ The division by s costs nothing, because what computes x takes it over. In a blo
 and not at mlp.c_fc -> mlp.c_proj: GELU(x / s) is not GELU(x) / s.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,10 +31,11 @@ from tqdm import tqdm
 from kernels import QuantizedWeight, dequantize
 from minigpt.errors import UserError
 from minigpt.model import GPT, Block
+from minigpt.quantization.calibration import ResidualStream
 from minigpt.quantization.convert import check_fits, layer_group_size
 
 ALPHAS = tuple(step / 20 for step in range(21))
-BATCH = 8  # windows that go through a block at once
+SCALED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc")  # the layers of a block whose inputs can be divided
 
 
 @dataclass(frozen=True)
@@ -52,29 +54,6 @@ class ScalingReport:
     error_after: float
 
 
-@dataclass
-class InputStatistics:
-    """What is kept of all inputs x of a layer: float64 sums over tokens.
-
-    Attributes:
-        magnitude: sum of |x|, [in_features].
-        gram: sum of x x^T, [in_features, in_features]. The squared error that a change D of the weight makes in the
-            outputs, summed over tokens, is tr(D gram D^T): no input need be kept.
-        tokens: how many.
-    """
-
-    magnitude: Tensor
-    gram: Tensor
-    tokens: int = 0
-
-    def add(self, x: Tensor) -> None:
-        """x: floating [..., in_features]."""
-        x = x.flatten(0, -2)  # [tokens, in_features]
-        self.magnitude += x.abs().sum(0)
-        self.gram += x.t() @ x
-        self.tokens += len(x)
-
-
 @torch.no_grad()
 def scale(
     model: GPT, windows: Tensor, method: Callable[[Tensor, int], QuantizedWeight], group_size: int
@@ -82,69 +61,73 @@ def scale(
     """Scales the weights of a floating model in place. The function it computes stays the same.
 
     Args:
-        model: float32 or float64, in evaluation mode. Quantize it afterwards, with any method.
-        windows: int64 [n, T], calibration text, on the model's device.
-        method: the quantizer that decides which alpha is best.
+        model: float32, in evaluation mode. Quantize it afterwards, with any method.
+        windows: int64 [n, T], calibration text.
+        method: a data-free quantizer, which decides what alpha is best.
         group_size: weights that share a scale, as for `minigpt.quantization.convert.quantize_model`.
+
+    Returns:
+        A report for each layer whose inputs can be scaled.
 
     Raises:
         UserError: the group size does not fit, the model is int4 already, or a layer's inputs or weights are not
-            finite; the model may be scaled in part by then, which changes nothing that it computes.
+            finite. Blocks before that layer are scaled by then, which changes nothing that they compute.
     """
     check_fits(model, group_size)
-    positions = torch.arange(windows.shape[1], device=windows.device)  # [T]
-    stream = [model.wte(batch) + model.wpe(positions) for batch in windows.split(BATCH)]  # each [B, T, C]
+    stream = ResidualStream(model, windows)
     reports = []
     for index, block in enumerate(tqdm(model.h, desc="activation-aware scaling", unit="block")):
         assert isinstance(block, Block)
-        statistics, stream = run_block(block, stream, positions)
-        attention, mlp = block.attn, block.mlp
-        value_rows = slice(2 * attention.c_proj.in_features, None)  # of c_attn, whose outputs are Q, K and V
-        scalable = (
-            ("attn.c_attn", attention.c_attn, [block.ln_1.weight, block.ln_1.bias]),
-            ("attn.c_proj", attention.c_proj, [attention.c_attn.weight[value_rows], attention.c_attn.bias[value_rows]]),
-            ("mlp.c_fc", mlp.c_fc, [block.ln_2.weight, block.ln_2.bias]),
-        )
-        for kind, layer, sources in scalable:
-            name = f"h.{index}.{kind}"
-            s, report = search(name, layer, statistics[kind], method, layer_group_size(layer.in_features, group_size))
-            layer.weight *= s
-            for source in sources:
-                source /= s.view(-1, *[1] * (source.ndim - 1))  # a view of the parameter: changes it in place
+        for kind in SCALED:
+            layer = block.get_submodule(kind)
+            assert isinstance(layer, nn.Linear)
+            magnitude, gram = sums(stream.inputs_of(layer, block), layer)
+            size = layer_group_size(layer.in_features, group_size)
+            s, report = search(f"h.{index}.{kind}", layer.weight, magnitude, gram, method, size)
+            fold(block, kind, s)
             reports.append(report)
+        stream.advance(block)
     return reports
 
 
-def run_block(block: Block, stream: list[Tensor], positions: Tensor) -> tuple[dict[str, InputStatistics], list[Tensor]]:
-    """Sends the residual stream through a block, watching the inputs of its linear layers.
+@torch.no_grad()
+def fold(block: Block, kind: str, s: Tensor) -> None:
+    """Multiplies the columns of a layer by s, [in_features], and divides what computes its inputs by s, in place."""
+    attention = block.attn
+    values = slice(2 * attention.c_proj.in_features, None)  # of c_attn's rows: its outputs are Q, K and V
+    layer, weight, bias = {
+        "attn.c_attn": (attention.c_attn, block.ln_1.weight, block.ln_1.bias),
+        "attn.c_proj": (attention.c_proj, attention.c_attn.weight[values], attention.c_attn.bias[values]),
+        "mlp.c_fc": (block.mlp.c_fc, block.ln_2.weight, block.ln_2.bias),
+    }[kind]
+    layer.weight *= s
+    weight /= s.view(-1, *[1] * (weight.ndim - 1))  # rows of a matrix, or elements of a vector
+    bias /= s
 
-    Args:
-        block: of GPT.
-        stream: batches, each [B, T, C].
-        positions: int64 [T].
+
+def sums(inputs: Iterator[Tensor], layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """What the search needs of a layer's inputs x, given in chunks: each floating [tokens, in_features].
 
     Returns:
-        Statistics by the layer's name in the block, and the stream behind the block.
+        The mean of |x|, float64 [in_features], and the sum of x x^T, float64 [in_features, in_features]. The squared
+        error that a change D of the weight makes in the outputs, summed over tokens, is tr(D (sum of x x^T) D^T), so
+        that no input need be kept.
     """
-    statistics, hooks = {}, []
-    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc"):
-        layer = block.get_submodule(name)
-        assert isinstance(layer, nn.Linear)
-        zeros = layer.weight.new_zeros(layer.in_features, dtype=torch.float64)
-        watched = statistics[name] = InputStatistics(zeros, torch.diag(zeros))
-        hooks.append(layer.register_forward_pre_hook(lambda _, x, watched=watched: watched.add(x[0])))
-    try:
-        stream = [block(x, 0, positions, None) for x in stream]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return statistics, stream
+    magnitude = torch.zeros(layer.in_features, dtype=torch.float64, device=layer.weight.device)
+    gram = torch.diag(magnitude)
+    tokens = 0
+    for x in inputs:
+        magnitude += x.abs().sum(0)
+        gram += x.t() @ x
+        tokens += len(x)
+    return magnitude / tokens, gram
 
 
 def search(
     name: str,
-    layer: nn.Linear,
-    statistics: InputStatistics,
+    weight: Tensor,
+    magnitude: Tensor,
+    gram: Tensor,
     method: Callable[[Tensor, int], QuantizedWeight],
     group_size: int,
 ) -> tuple[Tensor, ScalingReport]:
@@ -152,34 +135,31 @@ def search(
 
     Args:
         name: for the report and errors.
-        layer: its weight is [out_features, in_features].
-        statistics: of its inputs.
+        weight: float32 [out_features, in_features].
+        magnitude, gram: of its inputs, see `sums`.
         method, group_size: how it will be quantized.
 
     Returns:
-        s, [in_features] in the weight's dtype, and the report. Of equally good alphas the smallest.
+        s, float32 [in_features], and the report. Of equally good alphas the smallest is chosen.
 
     Raises:
         UserError: the layer's weights or inputs are not finite.
     """
-    weight = layer.weight
-    if not torch.isfinite(weight).all() or not torch.isfinite(statistics.gram).all():
+    if not torch.isfinite(weight).all() or not torch.isfinite(gram).all():
         raise UserError(f"layer {name} has weights or inputs that are NaN or infinite; this model cannot be quantized")
-    magnitude = statistics.magnitude / statistics.tokens  # [in_features]
-    magnitude = magnitude.clamp(
-        min=1e-4 * magnitude.max().item() + 1e-30
-    )  # an input that is always 0 is no reason to divide by 0
 
     def error(change: Tensor) -> float:
-        return ((change.double() @ statistics.gram) * change).sum().item()
+        return ((change.double() @ gram) * change).sum().item()
 
+    # Some inputs may be 0 in all of the text.
+    magnitude = magnitude.clamp(min=1e-4 * magnitude.max().item() + 1e-30)
     best, chosen, errors = torch.ones_like(weight[0]), 0.0, []
     for alpha in ALPHAS:
-        s = (magnitude**alpha).to(weight.dtype)  # [in_features]
-        s /= (s.max() * s.min()).sqrt()  # only ratios matter; these stay near 1
-        restored = dequantize(method((weight * s).float(), group_size), torch.float32) / s
+        s = magnitude**alpha  # [in_features]
+        s = (s / (s.max() * s.min()).sqrt()).to(weight.dtype)  # only ratios matter; these stay near 1
+        restored = dequantize(method(weight * s, group_size), torch.float32) / s
         errors.append(error(restored - weight))
-        if errors[-1] < min(errors[:-1], default=float("inf")):
+        if errors[-1] < min(errors[:-1], default=math.inf):
             best, chosen = s, alpha
     power = error(weight) or 1.0
     return best, ScalingReport(name, chosen, errors[0] / power, min(errors) / power)

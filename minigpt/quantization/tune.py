@@ -39,9 +39,9 @@ from minigpt.model import GPT
 from minigpt.quantization.linear import Int4Linear
 
 # Adam's step sizes at their peak.
-CODE_RATE = 1e-2  # of positions, in codes
-SCALE_RATE = 1e-3  # of the factor of a scale
-OFFSET_RATE = 3e-4  # of biases and LayerNorms
+CODE_RATE = 1e-3  # of positions, in codes
+SCALE_RATE = 3e-3  # of the factor of a scale
+OFFSET_RATE = 1e-3  # of biases and LayerNorms
 BETAS = (0.9, 0.99)
 WARMUP = 0.05  # share of the steps in which the rates rise
 VALIDATIONS = 20  # how often the held-back windows are looked at
@@ -134,8 +134,8 @@ def tune(
         model: float32, in evaluation mode, its blocks' linear layers Int4Linear, by whichever method. (A model without
             any would have its biases and LayerNorms tuned: the FP control.)
         reference: the FP model that it was made from, float32, in evaluation mode, on the same device.
-        windows: int64 [n, T], calibration text; an eighth of them, at most MAX_HELD_BACK, is held back to validate on.
-            Of too little text, tuning learns the peculiarities.
+        windows: int64 [n, T], calibration text, on any device. An eighth of them, at most MAX_HELD_BACK, is held back
+            to validate on. Of too little text, tuning learns the peculiarities.
         steps: updates. Each reads batch_size windows.
         batch_size: windows at a time.
         seed: for the order of the windows.
@@ -148,6 +148,7 @@ def tune(
             f"tuning needs at least 2 windows of {windows.shape[1]} tokens, one of them to validate on, and the "
             f"calibration text has {len(windows)}: more --calibration-tokens"
         )
+    windows = windows.to(model.wte.weight.device)
     n_held_back = min(MAX_HELD_BACK, -(-len(windows) // 8))
     held_back, training = windows[:n_held_back], windows[n_held_back:]
     layers = make_tunable(model, reference)

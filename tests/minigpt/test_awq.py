@@ -35,43 +35,44 @@ def text(n, length=24):
     return torch.randint(VOCABULARY, (n, length))
 
 
-@pytest.mark.parametrize(("method", "group_size"), [("mse", 16), ("absmax", 48), ("minmax", WHOLE_ROW)])
-def test_the_function_stays_the_same(model, method, group_size):
+@pytest.mark.parametrize("kind", awq.SCALED)
+def test_folding_is_exact(model, kind):
+    """To float64's precision, whatever the factors."""
     model.double()
     before, tokens = copy.deepcopy(model), text(3)
+    for block in model.h:
+        awq.fold(block, kind, torch.randn(48, dtype=torch.float64).exp())
+    assert not torch.equal(model.h[0].get_submodule(kind).weight, before.h[0].get_submodule(kind).weight)
+    assert (model(tokens) - before(tokens)).abs().max() < 1e-12 * before(tokens).abs().max()
+
+
+@pytest.mark.parametrize(("method", "group_size"), [("mse", 16), ("absmax", 48), ("minmax", WHOLE_ROW)])
+def test_the_function_stays_the_same(model, method, group_size):
+    before, tokens = copy.deepcopy(model), text(3)
     reports = awq.scale(model, text(11, 17), METHODS[method], group_size)
-    difference = (model(tokens) - before(tokens)).abs().max() / before(tokens).abs().max()
-    assert difference < 1e-12
-    assert any(report.alpha > 0 for report in reports if "c_attn" in report.name)
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before.get_parameter(name))}
-    assert changed <= {f"h.{i}.{kind}" for i in range(2) for kind in SCALED}
-
-
-SCALED = (
-    *("ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight"),
-    *("ln_2.weight", "ln_2.bias", "mlp.c_fc.weight"),
-)
+    assert any(report.alpha > 0 for report in reports)
+    assert (model(tokens) - before(tokens)).abs().max() < 1e-4 * before(tokens).abs().max()
 
 
 def test_reported_errors_are_those_of_the_layers_outputs(model):
-    """Against inputs caught by hooks and multiplied out in float64, with the original and with the scaled weights."""
+    """Against inputs caught by hooks and multiplied out in float64, with the original and with the scaled weights.
+
+    Not for c_attn: when its search is over, some of its rows are scaled once more, for c_proj.
+    """
     before, windows = copy.deepcopy(model), text(11)
-    reports = {report.name: report for report in awq.scale(model, windows, METHODS["mse"], 48)}
-    assert len(reports) == 6
-    for name, report in reports.items():
+    reports = awq.scale(model, windows, METHODS["mse"], 48)
+    assert [report.name for report in reports] == [f"h.{i}.{kind}" for i in range(2) for kind in awq.SCALED]
+    for report in reports:
         for each, expected in ((before, report.error_before), (model, report.error_after)):
-            layer, inputs = each.get_submodule(name), []
+            layer, inputs = each.get_submodule(report.name), []
             hook = layer.register_forward_pre_hook(lambda _, x, inputs=inputs: inputs.append(x[0].double()))
             each(windows)
             hook.remove()
-            weight = layer.weight
-            rounded = kernels.dequantize(METHODS["mse"](weight, 48), torch.float32)
-            # c_attn's values were scaled for c_proj after its own search: its rows count as they were.
-            size = before.get_submodule(name).weight / weight if name.endswith("c_attn") else torch.ones(1)
-            per_row = size[:, :1] / size[:1, :1] if name.endswith("c_attn") else size
-            error = inputs[0] @ ((rounded - weight) * per_row).double().t()
-            output = inputs[0] @ (weight * per_row).double().t()
-            assert (error.square().sum() / output.square().sum()).item() == pytest.approx(expected, rel=0.02)
+            rounded = kernels.dequantize(METHODS["mse"](layer.weight, 48), torch.float32)
+            error = inputs[0] @ (rounded - layer.weight).double().t()
+            output = inputs[0] @ layer.weight.double().t()
+            if "c_attn" not in report.name:
+                assert (error.square().sum() / output.square().sum()).item() == pytest.approx(expected, rel=0.01)
 
 
 def test_large_inputs_are_rounded_more_finely(model):
