@@ -43,8 +43,9 @@ CODE_RATE = 1e-3  # of positions, in codes
 SCALE_RATE = 3e-3  # of the factor of a scale
 OFFSET_RATE = 1e-3  # of biases and LayerNorms
 BETAS = (0.9, 0.99)
+EPSILON = 1e-12  # far below a position's gradient, which in a model of a hundred million weights is about 1e-8
 WARMUP = 0.05  # share of the steps in which the rates rise
-VALIDATIONS = 20  # how often the held-back windows are looked at
+VALIDATIONS = 10  # how often the held-back windows are looked at
 MAX_HELD_BACK = 32  # windows
 MAX_CODE = 15
 EMBEDDINGS = ("wte", "wpe", "lm_head")  # what is not tuned
@@ -200,7 +201,7 @@ def make_optimizer(model: GPT) -> torch.optim.Adam:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
-    return torch.optim.Adam(groups, betas=BETAS)
+    return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)
 
 
 def rate(step: int, steps: int) -> float:

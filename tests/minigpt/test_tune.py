@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import kernels
-from minigpt import checkpoint
+from minigpt import checkpoint, data
 from minigpt.config import GPTConfig
 from minigpt.errors import UserError
 from minigpt.model import GPT
@@ -15,6 +15,7 @@ from minigpt.quantization import gptq_format, tune
 from minigpt.quantization.convert import quantize_model
 from minigpt.quantization.linear import Int4Linear
 from minigpt.quantization.rtn import METHODS
+from minigpt.tokenizer import encode, tokenizer_for
 
 VOCABULARY = 71
 GROUP_SIZE = 16
@@ -34,6 +35,16 @@ def quantized(reference, method="mse"):
     model = copy.deepcopy(reference)
     list(quantize_model(model, METHODS[method], GROUP_SIZE))
     return model
+
+
+@pytest.fixture
+def demo_text():
+    """int64 [36, 64] and [8, 64], of modules that the demo was not trained on."""
+    tokenizer = tokenizer_for(checkpoint.DEMO_FOLDER, 4096)
+    return [
+        torch.tensor(encode(tokenizer, data.load_text("demo", split)[:40000])[: n * 64]).view(n, 64)
+        for split, n in (("validation", 36), ("test", 8))
+    ]
 
 
 def text(n, length=24):
@@ -59,6 +70,17 @@ def test_predictions_come_closer_on_other_text(reference, method):
     assert divergence(model, reference, tokens) < 0.7 * before
     assert report.kl_after < 0.7 * report.kl_before and report.best_step > 0
     assert report.kl_before == pytest.approx(before, rel=0.3)
+
+
+def test_a_trained_model(demo_text):
+    """A few steps on a little of the demo's validation text, judged on its test text."""
+    reference = checkpoint.load(checkpoint.DEMO_FOLDER, torch.float32).eval()
+    model = copy.deepcopy(reference)
+    list(quantize_model(model, METHODS["mse"], 128))
+    training, other = demo_text
+    before = divergence(model, reference, other)
+    tune.tune(model, reference, training, steps=4, batch_size=4)
+    assert divergence(model, reference, other) < 0.95 * before
 
 
 def test_the_format_stays_untouched(reference, tmp_path):
