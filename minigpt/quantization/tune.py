@@ -15,8 +15,8 @@ What is adjusted, and how a whole number can be learned at all:
     codes    each has a position, a real number that is rounded to give the code. The rounding's derivative is taken to
              be 1 (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432), as LSQ (Esser et al. 2019,
              arXiv 1902.08153) and EfficientQAT (Chen et al. 2024, arXiv 2407.11062) do. A position starts where the FP
-             weight lies, but no further out than the edge of its code's cell: tuning starts from exactly the model
-             that it was given, and weights near an edge are the first to change their code.
+             weight lies, but not beyond its code's cell, nor quite at the edge: tuning starts from exactly the model
+             that it was given, and what GPTQ rounded the other way, on purpose, must be pushed to come back.
     scales   by a factor that starts at 1; rounded to fp16 at each step, as they are stored.
     biases and LayerNorms, as they are.
 
@@ -38,10 +38,11 @@ from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization.linear import Int4Linear
 
-# Adam's step sizes at their peak.
-CODE_RATE = 1e-3  # of positions, in codes
-SCALE_RATE = 3e-3  # of the factor of a scale
-OFFSET_RATE = 1e-3  # of biases and LayerNorms
+# Adam moves a parameter by about its step size, at most, whatever the size of the gradient.
+CODE_TRAVEL = 0.25  # how far a position can get in all steps together, in codes: its step size follows from that ...
+CODE_RATE = 3e-3  # ... but is at most this
+SCALE_RATE = 1e-3  # peak step size of the factor of a scale
+OFFSET_RATE = 3e-4  # peak step size of biases and LayerNorms
 BETAS = (0.9, 0.99)
 EPSILON = 1e-12  # far below a position's gradient, which in a model of a hundred million weights is about 1e-8
 WARMUP = 0.05  # share of the steps in which the rates rise
@@ -49,7 +50,7 @@ VALIDATIONS = 10  # how often the held-back windows are looked at
 MAX_HELD_BACK = 32  # windows
 MAX_CODE = 15
 EMBEDDINGS = ("wte", "wpe", "lm_head")  # what is not tuned
-EDGE = 0.49  # how far from a code its position may start; at 0.5 begins the next one's cell
+EDGE = 0.45  # how far from a code its position may start; at 0.5 begins the next one's cell
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def tune(
     layers = make_tunable(model, reference)
     codes_before = {name: layer.codes().to(torch.uint8) for name, layer in layers.items()}
     best_step, best_state = 0, snapshot(model)
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     try:
         with tensor_float_32(), tqdm(total=steps, desc="tuning", unit="step", mininterval=1.0) as bar:
@@ -193,9 +194,15 @@ def make_tunable(model: GPT, reference: GPT) -> dict[str, TunableInt4Linear]:
     return layers
 
 
-def make_optimizer(model: GPT) -> torch.optim.Adam:
-    """Adam (Kingma & Ba 2015) without weight decay, a step size for each kind of parameter."""
-    rates = {"position": CODE_RATE, "stretch": SCALE_RATE}
+def make_optimizer(model: GPT, steps: int) -> torch.optim.Adam:
+    """Adam (Kingma & Ba 2015) without weight decay, a step size for each kind of parameter.
+
+    Of the gradient of one weight most is noise, the same in every direction over time. What can change a code is what
+    stays: so the more steps there are, the smaller each is (as in SignRound, Cheng et al. 2023, arXiv 2309.05516),
+    and the less does noise get anywhere.
+    """
+    code_rate = min(CODE_RATE, 2 * CODE_TRAVEL / steps)  # 2: the schedule's mean is half its peak
+    rates = {"position": code_rate, "stretch": SCALE_RATE}
     groups = [
         {"params": [parameter], "lr": rates.get(name.rpartition(".")[2], OFFSET_RATE)}
         for name, parameter in model.named_parameters()

@@ -79,11 +79,13 @@ def test_a_trained_model(demo_text):
     list(quantize_model(model, METHODS["mse"], 128))
     training, other = demo_text
     before = divergence(model, reference, other)
-    tune.tune(model, reference, training, steps=4, batch_size=4)
+    tune.tune(model, reference, training, steps=8, batch_size=4)
     assert divergence(model, reference, other) < 0.95 * before
 
 
-def test_the_format_stays_untouched(reference, tmp_path):
+def test_the_format_stays_untouched(reference, tmp_path, monkeypatch):
+    """With positions so near their cells' edges that many codes change."""
+    monkeypatch.setattr(tune, "EDGE", 0.499)
     model = quantized(reference)
     before = {name: layer.weight for name, layer in int4_layers(model).items()}
     embeddings = {name: model.get_parameter(name).clone() for name in ("wte.weight", "wpe.weight")}
@@ -98,7 +100,7 @@ def test_the_format_stays_untouched(reference, tmp_path):
         assert codes.min() >= 0 and codes.max() <= 15
         changed, weights = changed + (codes != old).sum().item(), weights + codes.numel()
     assert len(before) == len(int4_layers(model)) == 8
-    assert report.codes_changed == pytest.approx(changed / weights) and 0 < report.codes_changed < 0.2
+    assert report.codes_changed == pytest.approx(changed / weights) and 0.001 < report.codes_changed < 0.5
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in embeddings.items())
     assert model.lm_head.weight is model.wte.weight
     checkpoint.save(model, tmp_path / "int4", quantization=gptq_format.describe("tune", GROUP_SIZE, False))
@@ -119,12 +121,12 @@ def test_a_tunable_layer_starts_and_ends_as_the_int4_layer():
 
 
 def test_positions_start_where_the_weights_lie():
-    """Within a code's cell the FP weight itself, so that those near its edge change first."""
+    """Where the FP weight itself lies, unless that is near the edge of its code's cell or beyond it."""
     weight = torch.randn(24, 64)
     tunable = tune.TunableInt4Linear(Int4Linear(METHODS["minmax"](weight, 32), torch.zeros(24)), weight)
     lies = (tunable.position - tunable.zeros[..., None]) * tunable.start_scales[..., None]
     inside = (tunable.position - tunable.codes()).abs() < tune.EDGE - 1e-3
-    assert inside.float().mean() > 0.9
+    assert inside.float().mean() > 0.85
     assert torch.allclose(lies.flatten(1)[inside.flatten(1)], weight[inside.flatten(1)], atol=1e-5)
 
 
@@ -149,7 +151,7 @@ def test_the_gradient_is_that_of_the_divergence(reference):
 
 def test_it_never_ends_worse(reference, monkeypatch):
     """With absurd step sizes nothing but the start is worth keeping, and that is what is kept."""
-    monkeypatch.setattr(tune, "CODE_RATE", 1e3)
+    monkeypatch.setattr(tune, "SCALE_RATE", 1e3)
     monkeypatch.setattr(tune, "OFFSET_RATE", 1e3)
     model = quantized(reference)
     before = copy.deepcopy(model)
