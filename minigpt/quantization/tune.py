@@ -143,8 +143,10 @@ def tune(
         seed: for the order of the windows.
 
     Raises:
-        UserError: there is only one window, or the divergence is NaN or infinite.
+        UserError: steps is less than 1, there is only one window, or the divergence is NaN or infinite.
     """
+    if steps < 1:
+        raise UserError(f"--steps is {steps}, it must be at least 1")
     if len(windows) < 2:
         raise UserError(
             f"tuning needs at least 2 windows of {windows.shape[1]} tokens, one of them to validate on, and the "
@@ -237,7 +239,8 @@ def divergence(model: GPT, reference: GPT, hidden: Tensor, target: Tensor) -> Te
         [], in nats.
     """
     log_q = F.log_softmax(model.lm_head(hidden), dim=-1)  # [T, V]
-    log_p = F.log_softmax(reference.lm_head(target), dim=-1)  # [T, V]
+    with torch.no_grad():
+        log_p = F.log_softmax(reference.lm_head(target), dim=-1)  # [T, V]
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 

@@ -135,6 +135,7 @@ def test_the_gradient_is_that_of_the_divergence(reference):
     model, tokens = quantized(reference), text(3)
     layers = tune.make_tunable(model, reference)
     tune.differentiate(model, reference, tokens)
+    assert all(parameter.grad is None for parameter in reference.parameters())
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     q, p = model(tokens).log_softmax(-1), reference(tokens).detach().log_softmax(-1)
@@ -194,6 +195,11 @@ def test_a_divergence_that_is_not_finite_is_an_error_and_leaves_the_int4_model(r
 def test_too_little_text_is_named(reference):
     with pytest.raises(UserError, match="at least 2 windows of 24 tokens.* has 1: more --calibration-tokens"):
         tune.tune(quantized(reference), reference, text(1))
+
+
+def test_no_steps(reference):
+    with pytest.raises(UserError, match="--steps is 0, it must be at least 1"):
+        tune.tune(quantized(reference), reference, text(8), steps=0)
 
 
 def test_every_window_is_read_before_any_comes_again():
