@@ -19,7 +19,7 @@ from minigpt import checkpoint
 from minigpt.device import add_device_argument, check_device
 from minigpt.errors import UserError, run_script
 from minigpt.quantization import gptq_format
-from minigpt.quantization.convert import WHOLE_ROW, LayerReport, block_linears, quantize_model
+from minigpt.quantization.convert import LayerReport, block_linears, quantize_model, read_group_size
 from minigpt.quantization.rtn import METHODS, SYMMETRIC
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import FILE_NAME
@@ -35,7 +35,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--method", choices=METHODS, default="mse", help="how scales are chosen (default: mse)")
     parser.add_argument(
         "--group-size",
-        type=group_size,
+        type=read_group_size,
         default=64,
         help="weights that share a scale; 'row' for one a row (default: 64)",
     )
@@ -44,11 +44,6 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     check_device(args.device)
     return args
-
-
-def group_size(text: str) -> int:
-    """Reads --group-size."""
-    return WHOLE_ROW if text == "row" else int(text)
 
 
 def summary(reports: list[LayerReport]) -> str:
