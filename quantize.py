@@ -3,6 +3,7 @@
     python quantize.py                      GPT-2 124M, pretrained, from the hub
     python quantize.py demo                 the model that ships with this project; no network needed
     python quantize.py demo --method absmax --group-size 128 --output my-int4
+    python quantize.py gpt2 --method gptq --calibration my_text.txt     codes chosen by what the layers are fed
 
 The blocks' linear layers become int4; embeddings, LayerNorms and biases become fp16. Quantizing runs through the Triton
 kernels of `kernels/` on a GPU and through plain torch elsewhere, and gives the same codes. `python eval.py` then says
@@ -18,11 +19,13 @@ from tqdm import tqdm
 from minigpt import checkpoint
 from minigpt.device import add_device_argument, check_device
 from minigpt.errors import UserError, run_script
+from minigpt.model import GPT
 from minigpt.quantization import gptq_format
+from minigpt.quantization.calibration import Calibration, load_calibration
 from minigpt.quantization.convert import LayerReport, block_linears, quantize_model, read_group_size
-from minigpt.quantization.rtn import METHODS, SYMMETRIC
+from minigpt.quantization.methods import CALIBRATED, METHODS, SYMMETRIC
 from minigpt.table import format_bytes, format_table
-from minigpt.tokenizer import FILE_NAME
+from minigpt.tokenizer import FILE_NAME, tokenizer_for
 
 
 def parse_args() -> argparse.Namespace:
@@ -32,7 +35,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "model", nargs="?", default="gpt2", help=f"{known}, or the path of a checkpoint (default: gpt2)"
     )
-    parser.add_argument("--method", choices=METHODS, default="mse", help="how scales are chosen (default: mse)")
+    parser.add_argument(
+        "--method",
+        choices=METHODS,
+        default="mse",
+        help=f"how codes are chosen (default: mse); {calibrated()} from text",
+    )
     parser.add_argument(
         "--group-size",
         type=read_group_size,
@@ -40,10 +48,28 @@ def parse_args() -> argparse.Namespace:
         help="weights that share a scale; 'row' for one a row (default: 64)",
     )
     parser.add_argument("--output", type=Path, help="checkpoint folder to write (default: checkpoints/MODEL-int4)")
+    parser.add_argument(
+        "--calibration",
+        metavar="TEXT",
+        help="text to calibrate on: c4, demo, OWNER/NAME[:CONFIG] on the hub, a text file or a folder\n"
+        "(default: c4; for demo: demo, what it was trained on)",
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=65536, help="how much of it, in windows (default: 65536)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which windows of it (default: 0)")
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
+    if args.calibration and args.method not in CALIBRATED:
+        raise UserError(f"--calibration is for --method {calibrated()}; {args.method} looks at the weights alone")
+    args.calibration = args.calibration or ("demo" if args.model == "demo" else "c4")
     return args
+
+
+def calibrated() -> str:
+    """The methods that need text, as a list to read."""
+    return ", ".join(CALIBRATED)
 
 
 def summary(reports: list[LayerReport]) -> str:
@@ -69,6 +95,21 @@ def summary(reports: list[LayerReport]) -> str:
     return format_table(columns, rows)
 
 
+def read_calibration(args: argparse.Namespace, path: Path, model: GPT) -> Calibration:
+    """Reads the calibration text, and says how much of it is used and what to beware of."""
+    tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), model.config.vocab_size)
+    calibration = load_calibration(args.calibration, tokenizer, model.config, args.calibration_tokens, args.seed)
+    n_windows, length = calibration.windows.shape
+    print(
+        f"calibrating on {calibration.name}: {calibration.tokens:,} tokens, {n_windows} windows of {length}, "
+        f"seed {calibration.seed}",
+        flush=True,
+    )
+    for warning in calibration.warnings:
+        print(f"warning: {warning}", flush=True)
+    return calibration
+
+
 def main() -> None:
     """Loads, quantizes with a progress bar, saves, and prints what was done."""
     args = parse_args()
@@ -81,16 +122,22 @@ def main() -> None:
     if args.output is None and checkpoint.holds_another_model(output, model):
         raise UserError(f"{output} holds another model; to replace it, add --output {output}, or give another folder")
     before = 2 * sum(parameter.numel() for parameter in model.parameters())
-    steps = quantize_model(model, METHODS[args.method], args.group_size)
+    tokenizer_file = checkpoint.checkpoint_folder(path) / FILE_NAME
+    calibration = read_calibration(args, path, model) if args.method in CALIBRATED else None
+    windows = calibration.windows if calibration else None
+    steps = quantize_model(model, METHODS[args.method], args.group_size, windows)
     reports = list(
         tqdm(steps, total=len(list(block_linears(model))), desc=f"{args.method} on {args.device}", unit="layer")
     )
-    tokenizer_file = checkpoint.checkpoint_folder(path) / FILE_NAME
+    for note in (note for report in reports for note in report.notes):
+        print(f"note: {note}")
     checkpoint.save(
         model,
         output,
         tokenizer_file if tokenizer_file.exists() else None,
-        gptq_format.describe(args.method, args.group_size, args.method in SYMMETRIC),
+        gptq_format.describe(
+            args.method, args.group_size, args.method in SYMMETRIC, calibration.describe() if calibration else None
+        ),
     )
     print(summary(reports))
     after = checkpoint.file_bytes(output)

@@ -17,16 +17,27 @@ if not torch.cuda.is_available():
 warnings.filterwarnings("ignore", message="'kernels.k00_reference' found in sys.modules", category=RuntimeWarning)
 
 from kernels.front_door import dequantize, matmul, quantize  # noqa: E402
-from kernels.k00_reference import QuantizedWeight, group_sizes, pack, unpack  # noqa: E402
+from kernels.k00_reference import (  # noqa: E402
+    QuantizedWeight,
+    choose_scales,
+    encode,
+    group_sizes,
+    pack,
+    pack_weight,
+    unpack,
+)
 from kernels.prepared import PreparedWeight, prepare, restore  # noqa: E402
 
 __all__ = [
     "PreparedWeight",
     "QuantizedWeight",
+    "choose_scales",
     "dequantize",
+    "encode",
     "group_sizes",
     "matmul",
     "pack",
+    "pack_weight",
     "prepare",
     "quantize",
     "restore",

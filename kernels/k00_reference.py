@@ -197,6 +197,21 @@ def unpack(words: Tensor, rows: int) -> Tensor:
     return codes.flatten(0, 1)[:rows]
 
 
+def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedWeight:
+    """Brings what was chosen into the layout above.
+
+    Args:
+        codes: integers 0..15, [N, K].
+        scales: float16 [N, K/group_size].
+        zeros: integers 0..15, [N, K/group_size].
+    """
+    return QuantizedWeight(
+        qweight=pack(codes.t()),  # [K/8, N]
+        scales=scales.t().contiguous(),  # [K/group_size, N]
+        qzeros=pack(zeros).t().contiguous(),  # [K/group_size, ceil(N/8)]
+    )
+
+
 def quantize_reference(
     weight: Tensor, group_size: int, symmetric: bool = False, search: bool = False
 ) -> QuantizedWeight:
@@ -220,11 +235,7 @@ def quantize_reference(
         codes.append(encode(groups, *chosen).flatten(1))  # [n, K]
         scales.append(chosen[0])
         zeros.append(chosen[1])
-    return QuantizedWeight(
-        qweight=pack(torch.cat(codes).t()),  # [K/8, N]
-        scales=torch.cat(scales).t().contiguous(),  # [K/group_size, N]
-        qzeros=pack(torch.cat(zeros)).t().contiguous(),  # [K/group_size, ceil(N/8)]
-    )
+    return pack_weight(torch.cat(codes), torch.cat(scales), torch.cat(zeros))
 
 
 def dequantize_reference(weight: QuantizedWeight, dtype: torch.dtype = torch.float16) -> Tensor:

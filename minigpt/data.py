@@ -1,5 +1,6 @@
-"""Where text comes from: WikiText, the demo's corpus (Python's own standard library), and files of one's own."""
+"""Where text comes from: WikiText, the demo's corpus (Python's own standard library), the hub, files of one's own."""
 
+import re
 import sysconfig
 import tokenize
 from pathlib import Path
@@ -11,10 +12,17 @@ from torch import Tensor
 from minigpt.errors import UserError
 from minigpt.tokenizer import data_folder
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 Split = Literal["train", "validation", "test"]
 
 WIKITEXT = ("wikitext-2", "wikitext-103")  # Merity et al. 2016, "Pointer Sentinel Mixture Models"
 WIKITEXT_REVISION = "b08601e04326c79dfdd32d625aee71d232d685c3"
+WIKITEXT_TEST_TITLE = " = Robert Boulter = \n"  # begins the test split, of WikiText-2 and -103 alike; in no other split
+
+# Raffel et al. 2019, "Exploring the Limits of Transfer Learning": cleaned pages of the web. Pinned, as WikiText is.
+C4 = "allenai/c4:en"
+C4_REVISION = "607bd4c8450a42878aa9ddc051a65a055450ef87"
+HUB_DOCUMENTS = 5000  # how much of a dataset is read; of C4, some two million tokens
 
 # The demo's text is on every machine that runs it: the sources of Python's standard library, docstrings and all, and
 # the language reference that `help()` shows. These modules are kept from training, whole, with their private twins
@@ -35,7 +43,8 @@ def load_text(dataset: str, split: Split = "test") -> str:
     """The text called `dataset`.
 
     Args:
-        dataset: wikitext-2, wikitext-103, demo, or the path of a text file or of a folder of text files.
+        dataset: wikitext-2, wikitext-103, demo; the path of a text file or of a folder of text files; c4, or another
+            dataset on the hub, OWNER/NAME or OWNER/NAME:CONFIG, of which `hub_text` reads the beginning.
         split: train, validation or test. A path has no splits: all of its text is returned.
 
     Raises:
@@ -48,9 +57,14 @@ def load_text(dataset: str, split: Split = "test") -> str:
         text = standard_library_text(split)
     elif Path(dataset).exists():
         text = _read_path(Path(dataset))
+    elif dataset == "c4":
+        text = hub_text(C4, split, C4_REVISION)
+    elif HUB_NAME.fullmatch(dataset):
+        text = hub_text(dataset, split)
     else:
         raise UserError(
-            f"unknown dataset {dataset!r}: neither one of {', '.join(WIKITEXT)}, demo nor a path that exists"
+            f"unknown dataset {dataset!r}: neither one of {', '.join(WIKITEXT)}, c4, demo, nor a path that exists, "
+            "nor a name on the hub (OWNER/NAME)"
         )
     if not text.strip():
         raise UserError(f"dataset {dataset!r} is empty")
@@ -84,6 +98,35 @@ def wikitext_rows(dataset: str, split: Split) -> list[str]:
             f"cannot download {dataset} ({hub.reason(error)}). Without a network: --dataset demo or --dataset FILE"
         ) from error
     return rows["text"][:]
+
+
+def hub_text(dataset: str, split: Split, revision: str | None = None) -> str:
+    """The first HUB_DOCUMENTS texts of a dataset on the hub, joined by empty lines; no more than those is downloaded.
+
+    Args:
+        dataset: OWNER/NAME or OWNER/NAME:CONFIG; its rows have a column `text`.
+        split: train, validation or test.
+        revision: a commit, a tag or a branch; the main branch if left out.
+
+    Raises:
+        UserError: the hub cannot be reached, there is no such dataset, configuration or split, or no column `text`.
+    """
+    import datasets  # as above
+
+    from minigpt import hub
+
+    repository, _, config = dataset.partition(":")
+    try:
+        hub.check_reachable(repository, "README.md", revision or "main", "dataset")
+        rows = datasets.load_dataset(repository, config or None, split=split, revision=revision, streaming=True)
+        return "\n\n".join(row["text"] for row in rows.take(HUB_DOCUMENTS))
+    except KeyError as error:
+        raise UserError(f"dataset {dataset} has no column {error}") from error
+    except Exception as error:  # the library raises many kinds; each means that there is no data
+        raise UserError(
+            f"cannot read dataset {dataset} ({hub.reason(error)}), and no file has that name. "
+            "Without a network: demo, or the path of a text file"
+        ) from error
 
 
 def standard_library_text(split: Split) -> str:

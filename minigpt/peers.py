@@ -24,8 +24,9 @@ from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization.convert import WHOLE_ROW, bits_per_weight, block_linears
 
-# Quantizes a model, given calibration windows, int64 [n, T]; returns the model that came out and its bits a weight.
-Quantizer = Callable[[GPT, int, Tensor], tuple[GPT, float]]
+# Quantizes a model, given calibration windows, int64 [n, T], if it looks at text; returns the model that came out and
+# its bits a weight.
+Quantizer = Callable[[GPT, int, Tensor | None], tuple[GPT, float]]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def check_installed(name: str) -> None:
         raise UserError(f"--peer {name} is not installed here; pip install {peer.package}")
 
 
-def hqq(model: GPT, group_size: int, windows: Tensor) -> tuple[GPT, float]:
+def hqq(model: GPT, group_size: int, windows: Tensor | None) -> tuple[GPT, float]:
     """hqq, layer by layer."""
     from hqq.core.quantize import Quantizer as HQQ
 
@@ -79,7 +80,7 @@ def hqq(model: GPT, group_size: int, windows: Tensor) -> tuple[GPT, float]:
     return _replace_weights(model, group_size, dequantized)
 
 
-def quanto(model: GPT, group_size: int, windows: Tensor) -> tuple[GPT, float]:
+def quanto(model: GPT, group_size: int, windows: Tensor | None) -> tuple[GPT, float]:
     """optimum-quanto, layer by layer."""
     from optimum.quanto import MaxOptimizer, qint4, quantize_weight
 
@@ -103,7 +104,7 @@ def _replace_weights(model: GPT, group_size: int, dequantized: Callable[[Tensor]
     return model, bits / weights
 
 
-def gptqmodel(model: GPT, group_size: int, windows: Tensor) -> tuple[GPT, float]:
+def gptqmodel(model: GPT, group_size: int, windows: Tensor | None) -> tuple[GPT, float]:
     """GPTQModel: reads a checkpoint in Hugging Face's layout and writes GPTQ's, which `checkpoint.load` reads."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # on a machine of two cores it would start one and want two
     from gptqmodel import GPTQModel, QuantizeConfig
@@ -111,6 +112,7 @@ def gptqmodel(model: GPT, group_size: int, windows: Tensor) -> tuple[GPT, float]
     device = model.wte.weight.device
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder) / "fp16", Path(folder) / "int4"
+        assert windows is not None
         checkpoint.save(model, before)
         texts = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in windows.tolist()]
         config = QuantizeConfig(bits=4, group_size=group_size)

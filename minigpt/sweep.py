@@ -2,6 +2,7 @@
 
     python -m minigpt.sweep demo                                          all methods, groups of 32, 64, 128, whole rows
     python -m minigpt.sweep gpt2 --method absmax mse --group-size 64 128
+    python -m minigpt.sweep demo --method gptq awq+gptq gptq+tune --seed 0 1 2
     python -m minigpt.sweep demo --peer hqq quanto gptqmodel --method     other people's quantizers, and none of ours
     python -m minigpt.plots                                               draws the plot anew
 
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from minigpt import checkpoint, data, evaluate, plots
@@ -35,6 +35,8 @@ from minigpt.files import check_file, write_json
 from minigpt.generate import seed as read_seed
 from minigpt.model import GPT
 from minigpt.peers import PEERS, check_installed
+from minigpt.quantization import awq, tune
+from minigpt.quantization.calibration import Calibration, load_calibration
 from minigpt.quantization.convert import (
     WHOLE_ROW,
     bits_per_weight,
@@ -43,11 +45,12 @@ from minigpt.quantization.convert import (
     quantize_model,
     read_group_size,
 )
-from minigpt.quantization.rtn import METHODS
+from minigpt.quantization.methods import CALIBRATED, DATA_FREE, METHODS
 from minigpt.table import format_table
 from minigpt.tokenizer import encode, tokenizer_for
 
 PEER = "peer:"  # before the name of a method that is not ours
+AWQ, TUNE = "awq+", "+tune"  # before and after the name of one that is: the passes around it
 GROUP_SIZES = (32, 64, 128, WHOLE_ROW)
 # What tells one measurement from another: of two that agree in all of these, the newer one counts.
 IDENTITY = ("model", "text", "method", "group_size", "seed", "gpu", "context_length", "stride")
@@ -63,13 +66,20 @@ def parse_args() -> argparse.Namespace:
         "model", nargs="?", default="gpt2", help=f"{known}, or the path of a checkpoint (default: gpt2)"
     )
     parser.add_argument("--dataset", help="text to score, as for eval.py (default: wikitext-2; for demo: demo)")
-    parser.add_argument("--method", nargs="*", choices=METHODS, default=list(METHODS), help="ours (default: all)")
+    parser.add_argument(
+        "--method",
+        nargs="*",
+        type=read_method,
+        default=list(METHODS),
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}, or awq+METHOD, METHOD+tune (default: all, without these passes)",
+    )
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=[], help="quantizers that are installed here")
     parser.add_argument(
         "--group-size", nargs="+", type=read_group_size, help="(default: those of 32 64 128 row that fit the model)"
     )
-    parser.add_argument("--calibration", default="demo", help="text for methods that look at some (default: demo)")
-    parser.add_argument("--calibration-tokens", type=int, default=131072, help="how much of it (default: 131072)")
+    parser.add_argument("--calibration", help="text for methods that look at some (default: c4; for demo: demo)")
+    parser.add_argument("--calibration-tokens", type=int, default=65536, help="how much of it (default: 65536)")
     parser.add_argument(
         "--seed", nargs="+", type=read_seed, default=[0], help="which parts of it, each measured (default: 0)"
     )
@@ -83,11 +93,20 @@ def parse_args() -> argparse.Namespace:
     check_file("--json", args.json)
     for name in args.peer:
         check_installed(name)
-    for name in ("batch_size", "calibration_tokens"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
+    args.calibration = args.calibration or ("demo" if args.model == "demo" else "c4")
     args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
     return args
+
+
+def read_method(text: str) -> str:
+    """Reads one of --method."""
+    if text.removeprefix(AWQ).removesuffix(TUNE) not in METHODS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(METHODS)}, nor one of them with {AWQ} before or {TUNE} after it"
+        )
+    return text
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -140,7 +159,9 @@ def _fits(model: GPT, group_size: int) -> bool:
 
 def is_calibrated(method: str) -> bool:
     """Whether a method looks at text, so that each seed gives something else."""
-    return method.startswith(PEER) and PEERS[method.removeprefix(PEER)].calibrated
+    if method.startswith(PEER):
+        return PEERS[method.removeprefix(PEER)].calibrated
+    return method not in DATA_FREE
 
 
 def jobs(args: argparse.Namespace, group_sizes: Sequence[int]) -> Iterator[tuple[str, int, int | None]]:
@@ -151,14 +172,16 @@ def jobs(args: argparse.Namespace, group_sizes: Sequence[int]) -> Iterator[tuple
             yield method, group_size, seed
 
 
-def quantized(path: Path, method: str, group_size: int, windows: Tensor, device: str) -> tuple[GPT, float, float]:
+def quantized(
+    path: Path, method: str, group_size: int, calibration: Calibration | None, device: str
+) -> tuple[GPT, float, float]:
     """A model quantized in memory.
 
     Args:
         path: of the FP checkpoint.
-        method: one of METHODS, or PEER and the name of one of PEERS.
+        method: as `read_method` takes it, or PEER and the name of one of PEERS.
         group_size: weights that share a scale, or WHOLE_ROW.
-        windows: int64 [n, T], text for those that look at some.
+        calibration: text, for those that look at some.
         device: where.
 
     Returns:
@@ -167,13 +190,10 @@ def quantized(path: Path, method: str, group_size: int, windows: Tensor, device:
     model = checkpoint.load(path, torch.float32, device)
     begin = time.perf_counter()
     if method.startswith(PEER):
+        windows = calibration.windows if calibration else None
         model, bits = PEERS[method.removeprefix(PEER)].quantize(model, group_size, windows)
     else:
-        n_layers = len(list(block_linears(model)))
-        for _ in tqdm(
-            quantize_model(model, METHODS[method], group_size), total=n_layers, desc=method, unit="layer", leave=False
-        ):
-            pass
+        apply(method, model, path, group_size, calibration, device)
         bits = bits_per_weight(model)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -181,12 +201,20 @@ def quantized(path: Path, method: str, group_size: int, windows: Tensor, device:
     return model.to(torch.float16).to(arithmetic_dtype(device)), bits, seconds
 
 
-def calibration_windows(name: str, tokens: Tensor, length: int, n_tokens: int, seed: int) -> Tensor:
-    """Windows from random places of a text: int64 [n, length], of about n_tokens in all."""
-    if len(tokens) < length:
-        raise UserError(f"--calibration {name} has {len(tokens)} tokens, fewer than a window of {length}")
-    generator = torch.Generator().manual_seed(seed)
-    return data.random_windows(tokens, max(1, n_tokens // length), length, generator)
+def apply(method: str, model: GPT, path: Path, group_size: int, calibration: Calibration | None, device: str) -> None:
+    """Quantizes a model in place by one of our methods and the passes around it. Arguments as in `quantized`."""
+    name = method.removeprefix(AWQ).removesuffix(TUNE)
+    if method.startswith(AWQ):
+        assert calibration is not None
+        awq.scale(model, calibration.windows, DATA_FREE.get(name, DATA_FREE["mse"]), group_size)
+    windows = calibration.windows if calibration is not None and name in CALIBRATED else None
+    steps = quantize_model(model, METHODS[name], group_size, windows)
+    for _ in tqdm(steps, total=len(list(block_linears(model))), desc=method, unit="layer", leave=False):
+        pass
+    if method.endswith(TUNE):
+        assert calibration is not None
+        reference = checkpoint.load(path, torch.float32, device)
+        tune.tune(model, reference, calibration.windows, seed=calibration.seed)
 
 
 def short_name(name: str) -> str:
@@ -218,9 +246,13 @@ def main() -> None:
     tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), reference.config.vocab_size)
     tokens = torch.tensor(encode(tokenizer, data.load_text(args.dataset)), device=args.device)
     todo = list(jobs(args, sizes))
-    calibration = torch.empty(0, dtype=torch.int64)
-    if any(is_calibrated(method) for method, *_ in todo):
-        calibration = torch.tensor(encode(tokenizer, data.load_text(args.calibration, "train")))
+    calibrations: dict[int | None, Calibration] = {
+        seed: load_calibration(args.calibration, tokenizer, reference.config, args.calibration_tokens, seed)
+        for seed in args.seed
+        if any(is_calibrated(method) for method, *_ in todo)
+    }
+    for warning in dict.fromkeys(warning for each in calibrations.values() for warning in each.warnings):
+        print(f"warning: {warning}", flush=True)
 
     def score(model: GPT, label: str, against: GPT | None = None) -> evaluate.Score:
         """Scores a model, FP16 or int4, on the text."""
@@ -234,11 +266,8 @@ def main() -> None:
     )
     measured: list[Row] = []
     for method, group_size, seed in tqdm(todo, desc="sweep", unit="model", file=sys.stderr):
-        windows = calibration  # not looked at
-        if seed is not None:
-            window = reference.config.n_positions
-            windows = calibration_windows(args.calibration, calibration, window, args.calibration_tokens, seed)
-        model, bits, seconds = quantized(path, method, group_size, windows, args.device)
+        calibration = calibrations.get(seed)
+        model, bits, seconds = quantized(path, method, group_size, calibration, args.device)
         result = score(model, method, reference)
         del model
         row = {
@@ -256,8 +285,8 @@ def main() -> None:
             "context_length": length,
             "stride": stride,
             "quantize_seconds": round(seconds, 3),
-            "calibration": None if seed is None else short_name(args.calibration),
-            "calibration_tokens": None if seed is None else windows.numel(),
+            "calibration": short_name(args.calibration) if calibration else None,
+            "calibration_tokens": calibration.tokens if calibration else None,
             "gpu": describe_device(args.device),
             **versions(),
             "peer_version": PEERS[method.removeprefix(PEER)].version if method.startswith(PEER) else None,

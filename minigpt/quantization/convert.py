@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kernels import QuantizedWeight, dequantize, group_sizes
 from minigpt.errors import UserError
 from minigpt.model import GPT
+from minigpt.quantization.calibration import LayerInputs, ResidualStream, watch
 from minigpt.quantization.linear import Int4Linear
 
 WHOLE_ROW = -1  # a group size, as GPTQ's files write it: one scale a row, however long the row is
@@ -24,6 +25,7 @@ class LayerReport:
         stored_bytes: what they take in a file.
         relative_error: |w - w'| / |w| (Frobenius norms), w' being the dequantized weight.
         mean_absolute_error: of its weights.
+        notes: what was out of the ordinary, and what was done about it.
     """
 
     name: str
@@ -31,6 +33,7 @@ class LayerReport:
     stored_bytes: int
     relative_error: float
     mean_absolute_error: float
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -77,37 +80,71 @@ def check_fits(model: GPT, group_size: int) -> None:
 
 
 def quantize_model(
-    model: GPT, method: Callable[[Tensor, int], QuantizedWeight], group_size: int
+    model: GPT, method: Callable[..., QuantizedWeight], group_size: int, calibration: Tensor | None = None
 ) -> Iterator[LayerReport]:
     """Replaces the linear layers of the blocks one by one, in place; yields a report after each.
 
     Args:
-        model: its weights are read on the device they are on; biases become fp16.
-        method: from `minigpt.quantization.rtn.METHODS`.
+        model: in evaluation mode. Its weights are read on the device they are on; biases become fp16.
+        method: one of `minigpt.quantization.methods`: called with a weight and a group size, and, if there is
+            calibration text, with the Hessian of the layer's inputs.
         group_size: weights that share a scale; WHOLE_ROW for one scale a row.
+        calibration: int64 [n, T], for a calibrated method: windows of text to watch the layers on.
 
     Raises:
         UserError: at once and before any change: a layer's weights are not finite, or the group size does not fit.
+            On the way, with calibration: a layer's inputs are not finite, or its Hessian is beyond repair.
     """
     check_fits(model, group_size)
     for name, layer in block_linears(model):
         if not torch.isfinite(layer.weight).all():
             raise UserError(f"layer {name} has weights that are NaN or infinite; this model cannot be quantized")
+    if calibration is not None:
+        return _walk(model, method, group_size, calibration)
     return (_convert(model, name, method, group_size) for name, _ in list(block_linears(model)))
 
 
-def _convert(model: GPT, name: str, method: Callable[[Tensor, int], QuantizedWeight], group_size: int) -> LayerReport:
+def _walk(
+    model: GPT, method: Callable[..., QuantizedWeight], group_size: int, windows: Tensor
+) -> Iterator[LayerReport]:
+    """`quantize_model` with calibration: each layer is watched with all the layers before it quantized already.
+
+    The residual stream before a block is kept for all windows, in float32 on the CPU; a chunk of it at a time goes to
+    the model's device. (The one that GPTQ's authors call `inps`.)
+    """
+    stream = ResidualStream(model, windows)
+    names = [name for name, _ in block_linears(model)]
+    for i, block in enumerate(model.h):
+        for name in names:
+            if name.startswith(f"h.{i}."):
+                layer = model.get_submodule(name)
+                assert isinstance(layer, nn.Linear)
+                yield _convert(model, name, method, group_size, watch(name, layer, block, stream))
+        stream.advance(block)
+
+
+def _convert(
+    model: GPT,
+    name: str,
+    method: Callable[..., QuantizedWeight],
+    group_size: int,
+    inputs: LayerInputs | None = None,
+) -> LayerReport:
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    weight = layer.weight.detach()
-    packed = method(weight, layer_group_size(layer.in_features, group_size))
-    int4 = Int4Linear(packed, layer.bias.detach().to(torch.float16))
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    size = layer_group_size(layer.in_features, group_size)
+    packed = method(weight, size) if inputs is None else method(weight, size, inputs.hessian)
+    error = dequantize(packed, torch.float32) - weight.float()  # [N, K]
+    if inputs is not None:
+        bias = bias - error @ inputs.mean.float()  # so that the mean of the outputs stays as it was
+    int4 = Int4Linear(packed, bias.to(torch.float16))
     model.set_submodule(name, int4)
-    error = dequantize(packed, torch.float32) - weight.float()
     return LayerReport(
         name=name,
         weights=weight.numel(),
         stored_bytes=int4.stored_bytes,
         relative_error=(error.norm() / weight.float().norm().clamp(min=1e-30)).item(),
         mean_absolute_error=error.abs().mean().item(),
+        notes=inputs.notes if inputs is not None else (),
     )

@@ -18,8 +18,13 @@ from minigpt.quantization.convert import WHOLE_ROW, block_linears, layer_group_s
 from minigpt.quantization.linear import Int4Linear
 
 
-def describe(method: str, group_size: int, symmetric: bool) -> dict[str, Any]:
-    """The `quantization_config` of a model that all its blocks' linear layers share."""
+def describe(
+    method: str, group_size: int, symmetric: bool, calibration: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The `quantization_config` of a model that all its blocks' linear layers share.
+
+    `calibration` says what text a calibrated method was shown (`minigpt.quantization.calibration`).
+    """
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq_v2",
@@ -29,7 +34,8 @@ def describe(method: str, group_size: int, symmetric: bool) -> dict[str, Any]:
         "desc_act": False,
         "lm_head": False,
         "pack_dtype": "int32",
-        "meta": {"quantizer": ["minigpt-int4"], "method": method},
+        "meta": {"quantizer": ["minigpt-int4"], "method": method}
+        | ({"calibration": calibration} if calibration else {}),
     }
 
 

@@ -71,6 +71,34 @@ def test_measures_what_quantize_and_eval_would(folder, run):
         assert "--method absmax" in row["command"]
 
 
+def test_methods_that_look_at_text(folder, run, monkeypatch):
+    """Each seed is measured, with other windows; the passes around a method are given what they need."""
+    seen = []
+    scale, tune = sweep.awq.scale, sweep.tune.tune
+
+    def watched_scale(model, windows, *rest):
+        seen.append(("awq", windows))
+        return scale(model, windows, *rest)
+
+    def watched_tune(model, reference, windows, **options):
+        seen.append(("tune", windows))
+        assert torch.equal(reference.h[0].mlp.c_fc.weight, fp32.h[0].mlp.c_fc.weight)
+        return tune(model, reference, windows, steps=2, **options)
+
+    fp32 = checkpoint.load(folder / "tiny", torch.float32)
+    monkeypatch.setattr(sweep.awq, "scale", watched_scale)
+    monkeypatch.setattr(sweep.tune, "tune", watched_tune)
+    options = ("--group-size", "16", "--calibration", "text.txt", "--calibration-tokens", "256", "--seed", "5", "6")
+    rows = run("--method", "mse", "gptq", "awq+mse+tune", *options)
+    assert [(row["method"], row["seed"], row["calibration_tokens"]) for row in rows] == [
+        ("mse", None, None),
+        *((method, seed, 256) for method in ("gptq", "awq+mse+tune") for seed in (5, 6)),
+    ]
+    assert len({row["kl"] for row in rows}) == 5 and len({row["bits_per_weight"] for row in rows}) == 1
+    assert [name for name, _ in seen] == ["awq", "tune"] * 2
+    assert torch.equal(seen[0][1], seen[1][1]) and not torch.equal(seen[0][1], seen[2][1])
+
+
 def test_measurements_are_merged(run):
     first = run("--method", "absmax", "--group-size", "16", "32")
     again = run("--method", "absmax", "mse", "--group-size", "32")
@@ -105,15 +133,16 @@ def test_interrupted_it_keeps_what_it_measured(folder, run, monkeypatch):
 
 def test_bad_input_is_named_before_any_work(folder, run, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "perplexity", None)  # nobody gets that far
-    with pytest.raises(SystemExit):
-        run("--method", "magic")
-    assert "--method" in capsys.readouterr().err
+    for method in ("magic", "tune", "mse+awq"):
+        with pytest.raises(SystemExit):
+            run("--method", method)
+        assert f"--method: '{method}' is none of absmax" in capsys.readouterr().err
     for arguments, message in [
         (("--group-size", "48"), "--group-size 48 does not fit this model"),
         (("--stride", "40"), "--stride is 40"),
         (("--context-length", "33"), "--context-length is 33"),
         (("--batch-size", "0"), "--batch-size is 0"),
-        (("--calibration-tokens", "0"), "--calibration-tokens is 0"),
+        (("--method", "gptq", "--calibration", "text.txt", "--calibration-tokens", "9"), "--calibration-tokens 9"),
         (("--dataset", "nothing.txt"), "unknown dataset 'nothing.txt'"),
         (("--json", "nowhere/out.json"), "no folder nowhere"),
     ]:

@@ -1,0 +1,292 @@
+"""Tuning: adjusts an int4 model until its predictions come as close as they can to those of the model it was made from.
+
+Every other method looks at one layer at a time and asks how far its weights or outputs are off. But what is lost in one
+layer can be made up for in another. So here all of them are trained together, a few hundred steps of Adam, on one
+number: how far the int4 model's distribution q of the next token is from the FP model's p,
+
+    KL(p || q) = sum over the vocabulary of p (log p - log q)        in nats, mean over positions
+
+which is what distillation minimises (Hinton et al. 2015, arXiv 1503.02531). The text's own next token plays no part:
+the FP model has a divergence of 0 and nothing can have less, so int4 cannot get ahead of it by learning the text. For
+the same reason an FP control needs no measuring: tuned in the same way it stays where it is (a test shows it).
+
+What is adjusted, and how a whole number can be learned at all:
+
+    codes    each has a position, a real number that is rounded to give the code. The rounding's derivative is taken to
+             be 1 (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432), as LSQ (Esser et al. 2019,
+             arXiv 1902.08153) and EfficientQAT (Chen et al. 2024, arXiv 2407.11062) do. A position starts where the FP
+             weight lies, but no further out than the edge of its code's cell: tuning starts from exactly the model
+             that it was given, and weights near an edge are the first to change their code.
+    scales   by a factor that starts at 1; rounded to fp16 at each step, as they are stored.
+    biases and LayerNorms, as they are.
+
+The zeros, the embeddings and the format stay untouched: what comes out is a plain int4 checkpoint.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from kernels import QuantizedWeight, pack, unpack
+from minigpt.errors import UserError
+from minigpt.model import GPT
+from minigpt.quantization.linear import Int4Linear
+
+# Adam's step sizes at their peak.
+CODE_RATE = 1e-3  # of positions, in codes
+SCALE_RATE = 3e-3  # of the factor of a scale
+OFFSET_RATE = 1e-3  # of biases and LayerNorms
+BETAS = (0.9, 0.99)
+EPSILON = 1e-12  # far below a position's gradient, which in a model of a hundred million weights is about 1e-8
+WARMUP = 0.05  # share of the steps in which the rates rise
+VALIDATIONS = 10  # how often the held-back windows are looked at
+MAX_HELD_BACK = 32  # windows
+MAX_CODE = 15
+EMBEDDINGS = ("wte", "wpe", "lm_head")  # what is not tuned
+EDGE = 0.49  # how far from a code its position may start; at 0.5 begins the next one's cell
+
+
+@dataclass(frozen=True)
+class TuningReport:
+    """What tuning did.
+
+    Attributes:
+        steps: how many were taken.
+        best_step: after how many of them the divergence was lowest; the model is as it was then. 0: nothing helped.
+        kl_before, kl_after: divergence from the FP model on the windows held back, in nats a token.
+        codes_changed: share of the weights whose code is another one now.
+    """
+
+    steps: int
+    best_step: int
+    kl_before: float
+    kl_after: float
+    codes_changed: float
+
+
+class TunableInt4Linear(nn.Module):
+    """An Int4Linear whose weight can be differentiated. It computes in float32, with the weight that int4 would have.
+
+    Attributes:
+        position: float32 [out_features, in_features / group_size, group_size]; rounded, it is the code.
+        stretch: float32 [out_features, in_features / group_size]; times `start_scales`, in fp16, it is the scale.
+        start_scales, zeros: float32 [out_features, in_features / group_size].
+        bias: float32 [out_features].
+    """
+
+    def __init__(self, layer: Int4Linear, weight: Tensor) -> None:
+        """weight: floating [out_features, in_features], what the layer was quantized from."""
+        super().__init__()
+        self.start_scales: Tensor
+        self.zeros: Tensor
+        packed = layer.weight
+        scales = packed.scales.t().float()  # [N, K/group_size]
+        zeros = unpack(packed.qzeros.t(), layer.out_features).float()  # [N, K/group_size]
+        codes = unpack(packed.qweight, layer.in_features).t().unflatten(1, (-1, layer.group_size)).float()
+        exact = weight.detach().float().view_as(codes) / scales[..., None] + zeros[..., None]
+        self.position = nn.Parameter(exact.clamp(codes - EDGE, codes + EDGE))
+        self.stretch = nn.Parameter(torch.ones_like(scales))
+        self.register_buffer("start_scales", scales)
+        self.register_buffer("zeros", zeros)
+        self.bias = nn.Parameter(layer.bias.detach().float())
+
+    def codes(self) -> Tensor:
+        """float32 [out_features, in_features / group_size, group_size], whole numbers 0..15."""
+        return straight_through(self.position, self.position.round().clamp(0, MAX_CODE))
+
+    def scales(self) -> Tensor:
+        """float32 [out_features, in_features / group_size], as fp16 can hold them."""
+        scales = self.start_scales * self.stretch
+        return straight_through(scales, scales.half().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: float32 [..., in_features] -> [..., out_features]."""
+        weight = (self.codes() - self.zeros[..., None]) * self.scales()[..., None]
+        return F.linear(x, weight.flatten(1), self.bias)
+
+    @torch.no_grad()
+    def to_int4(self) -> Int4Linear:
+        """The layer packed again."""
+        packed = QuantizedWeight(
+            qweight=pack(self.codes().to(torch.int32).flatten(1).t()),  # [K/8, N]
+            scales=self.scales().half().t().contiguous(),  # [K/group_size, N]
+            qzeros=pack(self.zeros.to(torch.int32)).t().contiguous(),  # [K/group_size, ceil(N/8)]
+        )
+        return Int4Linear(packed, self.bias.half())
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, bit for bit, with the derivative of `x`."""
+    return rounded.detach() + (x - x.detach())
+
+
+def tune(
+    model: GPT, reference: GPT, windows: Tensor, steps: int = 300, batch_size: int = 8, seed: int = 0
+) -> TuningReport:
+    """Tunes a model in place. Whatever happens, it ends as the best int4 model seen: at worst as it was given.
+
+    Args:
+        model: float32, in evaluation mode, its blocks' linear layers Int4Linear, by whichever method. (A model without
+            any would have its biases and LayerNorms tuned: the FP control.)
+        reference: the FP model that it was made from, float32, in evaluation mode, on the same device.
+        windows: int64 [n, T], calibration text, on any device. An eighth of them, at most MAX_HELD_BACK, is held back
+            to validate on. Of too little text, tuning learns the peculiarities.
+        steps: updates. Each reads batch_size windows.
+        batch_size: windows at a time.
+        seed: for the order of the windows.
+
+    Raises:
+        UserError: there is only one window, or the divergence is NaN or infinite.
+    """
+    if len(windows) < 2:
+        raise UserError(
+            f"tuning needs at least 2 windows of {windows.shape[1]} tokens, one of them to validate on, and the "
+            f"calibration text has {len(windows)}: more --calibration-tokens"
+        )
+    windows = windows.to(model.wte.weight.device)
+    n_held_back = min(MAX_HELD_BACK, -(-len(windows) // 8))
+    held_back, training = windows[:n_held_back], windows[n_held_back:]
+    layers = make_tunable(model, reference)
+    codes_before = {name: layer.codes().to(torch.uint8) for name, layer in layers.items()}
+    best_step, best_state = 0, snapshot(model)
+    optimizer = make_optimizer(model)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
+    try:
+        with tensor_float_32(), tqdm(total=steps, desc="tuning", unit="step", mininterval=1.0) as bar:
+            kl_before = best = validate(model, reference, held_back, batch_size)
+            for step, batch in enumerate(draw(training, steps, batch_size, seed), start=1):
+                differentiate(model, reference, batch)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                bar.update()
+                if step % max(1, steps // VALIDATIONS) == 0 or step == steps:
+                    kl = validate(model, reference, held_back, batch_size)
+                    bar.set_postfix_str(f"KL {kl:.5f}, at the start {kl_before:.5f}")
+                    if kl < best:
+                        best_step, best, best_state = step, kl, snapshot(model)
+    finally:  # also after an error or Ctrl-C
+        restore(model, best_state)
+        changed = sum((layer.codes() != codes_before[name]).sum().item() for name, layer in layers.items())
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.to_int4())
+    weights = sum(codes.numel() for codes in codes_before.values())
+    return TuningReport(steps, best_step, kl_before, best, changed / max(1, weights))
+
+
+def make_tunable(model: GPT, reference: GPT) -> dict[str, TunableInt4Linear]:
+    """Replaces a model's Int4Linear layers, and marks what is to be tuned by requires_grad; all else is frozen."""
+    model.requires_grad_(False)
+    layers = {}
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, Int4Linear):
+            layers[name] = TunableInt4Linear(layer, reference.get_parameter(f"{name}.weight"))
+            model.set_submodule(name, layers[name])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(EMBEDDINGS))
+    return layers
+
+
+def make_optimizer(model: GPT) -> torch.optim.Adam:
+    """Adam (Kingma & Ba 2015) without weight decay, a step size for each kind of parameter."""
+    rates = {"position": CODE_RATE, "stretch": SCALE_RATE}
+    groups = [
+        {"params": [parameter], "lr": rates.get(name.rpartition(".")[2], OFFSET_RATE)}
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)
+
+
+def rate(step: int, steps: int) -> float:
+    """The step size, as a share of its peak: a linear rise, then a cosine down to 0, which lets the codes settle."""
+    warmup = WARMUP * steps
+    return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def draw(windows: Tensor, steps: int, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Batches of windows, every window once before any comes again: int64 [n, T] -> `steps` times [batch_size, T]."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * batch_size // len(windows))
+    order = torch.cat([torch.randperm(len(windows), generator=generator) for _ in range(epochs)])
+    for rows in order.split(batch_size)[:steps]:
+        yield windows[rows.to(windows.device)]
+
+
+def divergence(model: GPT, reference: GPT, hidden: Tensor, target: Tensor) -> Tensor:
+    """Sum over a window's positions of KL(reference || model), from their residual streams after ln_f.
+
+    Args:
+        model, reference: for their output layers.
+        hidden, target: float32 [T, C], the model's and the reference's.
+
+    Returns:
+        [], in nats.
+    """
+    log_q = F.log_softmax(model.lm_head(hidden), dim=-1)  # [T, V]
+    log_p = F.log_softmax(reference.lm_head(target), dim=-1)  # [T, V]
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+
+
+def differentiate(model: GPT, reference: GPT, tokens: Tensor) -> None:
+    """Adds to the parameters' gradients those of the mean divergence over a batch, int64 [B, T].
+
+    Logits are large (50,257 numbers a position): they are made, differentiated and let go a window at a time, down to
+    the residual stream after ln_f, and the blocks are differentiated once, for all windows.
+    """
+    with torch.no_grad():
+        targets = reference.hidden(tokens)  # [B, T, C]
+    hidden = model.hidden(tokens)  # [B, T, C]
+    windows = [window.detach().requires_grad_() for window in hidden]  # B times [T, C]
+    for window, target in zip(windows, targets, strict=True):
+        (divergence(model, reference, window, target) / tokens.numel()).backward()
+    hidden.backward(torch.stack([window.grad for window in windows if window.grad is not None]))
+
+
+@torch.no_grad()
+def validate(model: GPT, reference: GPT, windows: Tensor, batch_size: int) -> float:
+    """Mean divergence over windows, int64 [n, T], in nats a token.
+
+    Raises:
+        UserError: it is NaN or infinite.
+    """
+    nats = 0.0
+    for batch in windows.split(batch_size):
+        for hidden, target in zip(model.hidden(batch), reference.hidden(batch), strict=True):  # [T, C]
+            nats += divergence(model, reference, hidden, target).item()
+    if not math.isfinite(nats):
+        raise UserError(
+            f"the divergence of the int4 model from the FP one became {nats} while tuning: check with eval.py that "
+            "both give finite perplexities; if they do, quantize without tuning"
+        )
+    return max(nats, 0.0) / windows.numel()  # of two equal models, rounding may leave a little less than nothing
+
+
+def snapshot(model: GPT) -> dict[str, Tensor]:
+    """A copy of all that is tuned."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def restore(model: GPT, state: dict[str, Tensor]) -> None:
+    """Puts a snapshot back, and freezes all."""
+    for name, tensor in state.items():
+        model.get_parameter(name).copy_(tensor)
+    model.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def tensor_float_32() -> Iterator[None]:
+    """On a GPU, matrix products in TF32: fp16's precision with float32's range, so that no gradient underflows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
