@@ -105,6 +105,7 @@ def draw_panel(panel: "Axes", rows: Sequence[Row], methods: Sequence[str]) -> No
         return fp16 * (1 + rise / 100)
 
     percent = panel.secondary_yaxis("right", functions=(rise, perplexity_of))
+    percent.set_ylabel("over FP16")
     percent.yaxis.set_major_formatter(lambda value, _: f"{value:+g}%" if value else "0%")
     panel.set_title(f"{rows[0]['model']} on {rows[0]['text']}, windows of {rows[0]['context_length']}")
     panel.grid(alpha=0.3)

@@ -287,7 +287,7 @@ def main() -> None:
             "quantize_seconds": round(seconds, 3),
             "calibration": short_name(args.calibration) if calibration else None,
             "calibration_tokens": calibration.tokens if calibration else None,
-            "gpu": describe_device(args.device),
+            "gpu": describe_device(args.device) if args.device.startswith("cuda") else "cpu",
             **versions(),
             "peer_version": PEERS[method.removeprefix(PEER)].version if method.startswith(PEER) else None,
             "date": datetime.date.today().isoformat(),
