@@ -47,8 +47,9 @@ bench: $(SETUP) ## measure all lessons, and the matmul over shapes, on this mach
 		--json results/matmul_gpt2.json
 	$(BIN)/python -m kernels.bench quantization
 
-plots: $(SETUP_DEV) ## draw results/matmul.png and results/quantization.png
+plots: $(SETUP_DEV) ## draw results/matmul.png, results/quantization.png and results/accuracy.png
 	$(BIN)/python -m kernels.bench plots
+	$(BIN)/python -m minigpt.plots
 
 readme: $(SETUP) ## write the tables of README.md and kernels/README.md anew from results/
 	$(BIN)/python tools/readme.py

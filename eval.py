@@ -5,7 +5,9 @@
     python eval.py gpt2 --stride 512                 the stride of most published figures
     python eval.py my-gpt2/ --quantized my-int4/ other-int4/ --dataset my_text.txt --json out.json
 
-One table, a row for FP16 and one for each int4 checkpoint, all measured in the same run in the same way.
+One table, a row for FP16 and one for each int4 checkpoint, all measured in the same run in the same way. An int4 model
+is also held against FP16, token by token: KL is how far its predictions are from FP16's, in nats a token, top-1 how
+often both hold the same token most probable (`minigpt/evaluate.py`).
 """
 
 import argparse
@@ -24,7 +26,7 @@ from minigpt.device import add_device_argument, arithmetic_dtype, check_device, 
 from minigpt.errors import UserError, run_script
 from minigpt.files import check_file, write_json
 from minigpt.model import GPT
-from minigpt.quantization.convert import block_linears
+from minigpt.quantization.convert import bits_per_weight
 from minigpt.quantization.linear import Int4Linear, describe_path
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import encode, tokenizer_for
@@ -39,6 +41,9 @@ class Row:
     bytes: int
     perplexity: float
     tokens_scored: int
+    kl: float | None
+    top1: float | None
+    scoring_tokens_per_second: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     peak_memory_bytes: int | None
@@ -87,15 +92,9 @@ def load_fp16(path: Path, device: str) -> GPT:
     return checkpoint.load(path, torch.float16).to(device=device, dtype=arithmetic_dtype(device))
 
 
-def bits_per_weight(model: GPT) -> float:
-    """Bits stored for a weight of the blocks' linear layers: codes, scales and zeros of int4 ones, 16 for others."""
-    layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
-    fp16_weights = sum(layer.weight.numel() for _, layer in block_linears(model))
-    weights = fp16_weights + sum(layer.in_features * layer.out_features for layer in layers)
-    return (16 * fp16_weights + 8 * sum(layer.stored_bytes for layer in layers)) / weights
-
-
-def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: argparse.Namespace) -> Row:
+def measure(
+    path: Path, fp16_path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: argparse.Namespace
+) -> Row:
     """Loads a checkpoint, measures it, and lets it go."""
     memory = evaluate.PeakMemory(torch.device(args.device))
     model = load_fp16(path, args.device)
@@ -103,20 +102,32 @@ def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: ar
     weights = "fp16" if bits == 16.0 else f"int4 {path}"
     if dataclasses.asdict(model.config) != protocol["shape"]:
         raise UserError(f"--quantized {path} has another shape than {args.model}: it was made from another model")
-    score = evaluate.perplexity(
-        model, tokens, protocol["context_length"], protocol["stride"], args.batch_size, f"{weights}: perplexity"
-    )
+    window = min(protocol["context_length"], len(tokens))
+    scoring = evaluate.scoring_rate(model, tokens, window, args.batch_size)
     prefill = evaluate.prefill_rate(model, tokens, protocol["prefill_tokens"])
     decode = evaluate.decode_rate(model, tokens, protocol["decode_prompt_tokens"], protocol["decode_new_tokens"])
+    peak = memory.read()  # of this model alone: its reference comes after
+    score = evaluate.perplexity(
+        model,
+        tokens,
+        protocol["context_length"],
+        protocol["stride"],
+        args.batch_size,
+        f"{weights}: perplexity",
+        reference=None if path == fp16_path else load_fp16(fp16_path, args.device),
+    )
     return Row(
         weights=weights,
         bits_per_weight=bits,
         bytes=2 * sum(p.numel() for p in model.parameters()) if bits == 16.0 else checkpoint.file_bytes(path),
         perplexity=score.perplexity,
         tokens_scored=score.tokens_scored,
+        kl=score.kl,
+        top1=score.top1,
+        scoring_tokens_per_second=scoring,
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
-        peak_memory_bytes=memory.read(),
+        peak_memory_bytes=peak,
         device=protocol["device"],
         int4_path=describe_path(model),
     )
@@ -129,6 +140,8 @@ def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[s
             f"{args.model} reads {model.config.n_positions} tokens; timing it needs n_positions of 4 or more"
         )
     context_length = model.config.n_positions if args.context_length is None else args.context_length
+    stride = context_length if args.stride is None else args.stride
+    evaluate.check_windows(model, context_length, stride)
     prompt = max(1, min(32, n_tokens, model.config.n_positions // 4))
     return {
         "model": args.model,
@@ -136,7 +149,7 @@ def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[s
         "dataset": args.dataset,
         "tokens": n_tokens,
         "context_length": context_length,
-        "stride": context_length if args.stride is None else args.stride,
+        "stride": stride,
         "batch_size": args.batch_size,
         "prefill_tokens": min(context_length, n_tokens),
         "decode_prompt_tokens": prompt,
@@ -155,9 +168,9 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     p = protocol
     return (
         f"{p['model']} on {p['dataset']}: {p['tokens']:,} tokens, windows of {p['context_length']}, "
-        f"stride {p['stride']}; perplexity over the tokens scored\n"
-        f"prefill: {p['prefill_tokens']} tokens at once; decode: batch 1, greedy, KV cache, up to "
-        f"{p['decode_new_tokens']} tokens after {p['decode_prompt_tokens']}; medians\n"
+        f"stride {p['stride']}; perplexity, KL (nats a token) and top-1 over the tokens scored\n"
+        f"scoring: batch {p['batch_size']}; prefill: {p['prefill_tokens']} tokens at once; decode: batch 1, greedy, "
+        f"KV cache, up to {p['decode_new_tokens']} tokens after {p['decode_prompt_tokens']}; medians\n"
         f"{p['device']}, arithmetic in {p['arithmetic']}, torch {p['torch']}, Python {p['python']}"
     )
 
@@ -172,6 +185,9 @@ def format_rows(rows: list[Row]) -> str:
             format_bytes(row.bytes),
             f"{row.perplexity:.3f}",
             "" if row is first else f"{100 * (row.perplexity / first.perplexity - 1):+.2f}%",
+            "" if row.kl is None else f"{row.kl:.4f}",
+            "" if row.top1 is None else f"{100 * row.top1:.1f}%",
+            f"{row.scoring_tokens_per_second:,.0f}",
             f"{row.prefill_tokens_per_second:,.0f}",
             f"{row.decode_tokens_per_second:,.1f}",
             "unknown" if row.peak_memory_bytes is None else format_bytes(row.peak_memory_bytes),
@@ -184,6 +200,9 @@ def format_rows(rows: list[Row]) -> str:
         "bytes",
         "perplexity",
         "change",
+        "KL",
+        "top-1",
+        "scoring tok/s",
         "prefill tok/s",
         "decode tok/s",
         "peak memory",
@@ -210,7 +229,7 @@ def main() -> None:
     protocol = make_protocol(args, model, len(tokens))
     del model
     print(describe_protocol(protocol) + "\n", flush=True)
-    rows = [measure(each, tokens, protocol, args) for each in (path, *args.quantized)]
+    rows = [measure(each, path, tokens, protocol, args) for each in (path, *args.quantized)]
     print(format_rows(rows))
     print("int4 path: " + ", ".join(dict.fromkeys(row.int4_path for row in rows if row.int4_path)))
     if args.json:

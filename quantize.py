@@ -23,7 +23,7 @@ from minigpt.errors import UserError, run_script
 from minigpt.model import GPT
 from minigpt.quantization import gptq_format
 from minigpt.quantization.calibration import Calibration, load_calibration
-from minigpt.quantization.convert import WHOLE_ROW, LayerReport, block_linears, quantize_model
+from minigpt.quantization.convert import LayerReport, block_linears, quantize_model, read_group_size
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
 from minigpt.quantization.methods import CALIBRATED, METHODS, SYMMETRIC
 from minigpt.table import format_bytes, format_table
@@ -45,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--group-size",
-        type=group_size,
+        type=read_group_size,
         default=64,
         help="weights that share a scale; 'row' for one a row (default: 64)",
     )
@@ -79,11 +79,6 @@ def parse_args() -> argparse.Namespace:
 def calibrated() -> str:
     """The methods that need text, as a list to read."""
     return ", ".join(CALIBRATED)
-
-
-def group_size(text: str) -> int:
-    """Reads --group-size."""
-    return WHOLE_ROW if text == "row" else int(text)
 
 
 def summary(reports: list[LayerReport]) -> str:

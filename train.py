@@ -18,6 +18,7 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from minigpt.generate import generate, seed
 from minigpt.model import GPT
 from minigpt.sampling import Sampling
 from minigpt.tokenizer import FILE_NAME, encode, gpt2_tokenizer, read_tokenizer
+
+LossOf = Callable[[GPT, Tensor], Tensor]
 
 
 def parse_args() -> argparse.Namespace:
@@ -97,14 +100,14 @@ def make_optimizer(model: GPT, args: argparse.Namespace) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=args.device.startswith("cuda"))
 
 
-def loss_of(model: torch.nn.Module, windows: Tensor) -> Tensor:
+def loss_of(model: GPT, windows: Tensor) -> Tensor:
     """Mean cross-entropy, in nats, of predicting each token from those before it: int64 [B, T + 1] -> []."""
     logits = model(windows[:, :-1])  # [B, T, V]
     return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
 
 
 @torch.no_grad()
-def validation_loss(model: torch.nn.Module, tokens: Tensor, length: int, args: argparse.Namespace) -> float:
+def validation_loss(model: GPT, tokens: Tensor, length: int, args: argparse.Namespace) -> float:
     """Loss over consecutive windows of the validation text, at most 64 batches of them."""
     windows = tokens[: len(tokens) // length * length].view(-1, length)
     model.eval()
@@ -162,7 +165,8 @@ def main() -> None:
     window = config.n_positions + 1  # a token more than the model reads: the last one is only predicted
     if len(validation_tokens) < window:
         raise UserError(f"the validation text has {len(validation_tokens)} tokens, fewer than a window of {window}")
-    stepped: torch.nn.Module = torch.compile(model) if args.compile else model  # type: ignore[assignment]
+    # The loss is compiled with the model, so that the logits, many as they are, go through memory once or twice only.
+    training_loss: LossOf = torch.compile(loss_of) if args.compile else loss_of
     optimizer = make_optimizer(model, args)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     print(
@@ -183,7 +187,7 @@ def main() -> None:
         for _ in range(args.accumulate):
             windows = data.random_windows(train_tokens, args.batch_size, window, generator)
             with precision(args.device):
-                loss = loss_of(stepped, windows) / args.accumulate
+                loss = training_loss(model, windows) / args.accumulate
             loss.backward()
             batch_losses.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -199,7 +203,7 @@ def main() -> None:
             rate_seen = tokens_seen / (time.perf_counter() - start)
             bar.set_postfix_str(f"loss {train_loss:.3f}, validation {best:.3f}, {rate_seen:,.0f} tokens/s")
         if step % args.eval_every == args.eval_every - 1 or last:
-            validation = validation_loss(stepped, validation_tokens, window, args)
+            validation = validation_loss(model, validation_tokens, window, args)
             if not math.isfinite(validation):
                 raise UserError(f"the validation loss became {validation}: try a lower --learning-rate")
             losses.append({"step": step + 1, "train": round(train_loss, 4), "validation": round(validation, 4)})

@@ -4,6 +4,11 @@ Perplexity is exp of the mean negative log-likelihood, in nats a token. The text
 length, `stride` apart; each window scores the tokens that no window before it has scored, given those before them in
 the window. With stride = context length the windows do not overlap, the cheapest and most pessimistic choice: a
 window's first tokens have little to go by. Sums are float64.
+
+Perplexity only asks how probable the one right token was, and what a change costs on some tokens it may win back on
+others. So a quantized model is also held against the model it was made from, on the same tokens: the Kullback-Leibler
+divergence KL(reference || model) = sum over tokens v of p(v) * (log p(v) - log q(v)), which is 0 only where nothing has
+changed, and how often both models hold the same token for the most probable (top-1 agreement).
 """
 
 import contextlib
@@ -19,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,24 +32,41 @@ from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.sampling import GREEDY
 
+# How many logits are computed at once, [tokens, vocabulary] together: enough to keep a GPU busy (in float32, 128 MB),
+# and few enough for a CPU's cache (8 MB).
+LOGITS_AT_ONCE = {"cuda": 2**25, "cpu": 2**21}
+
 
 @dataclass(frozen=True)
 class Score:
-    """A perplexity and what it was computed from.
+    """A perplexity and what it was computed from; beside it, how near the model is to its reference.
 
     Attributes:
         nats: sum of the negative log-likelihoods of the tokens scored.
         tokens_scored: how many.
+        kl: mean over the tokens scored of KL(reference || model), in nats a token; None without a reference.
+        top1: share of the tokens scored for which both hold the same token most probable; None without a reference.
     """
 
     nats: float
     tokens_scored: int
+    kl: float | None = None
+    top1: float | None = None
 
     @property
     def perplexity(self) -> float:
         """exp(nats / tokens_scored); infinite where that is more than a float holds."""
         mean = self.nats / self.tokens_scored
         return math.exp(mean) if mean < 700 or math.isnan(mean) else math.inf
+
+
+def check_windows(model: GPT, context_length: int, stride: int) -> None:
+    """Raises UserError if `perplexity` cannot score a text with this model in such windows."""
+    limit = model.config.n_positions
+    if not 2 <= context_length <= limit:
+        raise UserError(f"--context-length is {context_length}, it must be from 2 to {limit}, the model's n_positions")
+    if not 1 <= stride <= context_length:
+        raise UserError(f"--stride is {stride}, it must be from 1 to the context length {context_length}")
 
 
 def windows(n_tokens: int, context_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -65,7 +86,13 @@ def windows(n_tokens: int, context_length: int, stride: int) -> Iterator[tuple[i
 
 @torch.inference_mode()
 def perplexity(
-    model: GPT, tokens: Tensor, context_length: int, stride: int, batch_size: int = 1, label: str = ""
+    model: GPT,
+    tokens: Tensor,
+    context_length: int,
+    stride: int,
+    batch_size: int = 1,
+    label: str = "",
+    reference: GPT | None = None,
 ) -> Score:
     """Scores a text.
 
@@ -76,33 +103,68 @@ def perplexity(
         stride: tokens from one window's begin to the next, at most context_length.
         batch_size: windows that go through the model at once.
         label: shown before the progress bar.
+        reference: the model that this one was made from, on the same device, to hold it against.
 
     Raises:
         UserError: the text has fewer than two tokens, or a length or stride is out of range.
     """
-    limit = model.config.n_positions
-    if not 2 <= context_length <= limit:
-        raise UserError(f"--context-length is {context_length}, it must be from 2 to {limit}, the model's n_positions")
-    if not 1 <= stride <= context_length:
-        raise UserError(f"--stride is {stride}, it must be from 1 to the context length {context_length}")
+    check_windows(model, context_length, stride)
     plan = list(windows(len(tokens), context_length, stride))
     if not plan:
         raise UserError(f"the text has {len(tokens)} token, too few to score")
-    nats, n_scored = 0.0, 0
+    n_scored = sum(end - first for _, end, first in plan)
+    # The sums stay on the device until the end: to read one is to wait for the GPU, which then waits for us.
+    sums = torch.zeros(3, dtype=torch.float64, device=tokens.device)  # negative log-likelihood, KL, agreements
     with tqdm(total=len(plan), desc=label, unit="window", leave=False, file=sys.stderr) as bar:
-        while plan:
-            length = plan[0][1] - plan[0][0]
-            batch = [window for window in plan[:batch_size] if window[1] - window[0] == length]
-            plan = plan[len(batch) :]
-            inputs = torch.stack([tokens[begin:end] for begin, end, _ in batch])  # [B, T]
-            hidden = model.hidden(inputs)  # [B, T, C]
-            for row, (begin, _, first) in enumerate(batch):  # logits a window at a time: they are large
-                targets = inputs[row, first - begin :]  # [S]
-                logits = model.lm_head(hidden[row, first - begin - 1 : -1])  # [S, V]
-                nats += F.cross_entropy(logits.float(), targets, reduction="none").double().sum().item()
-                n_scored += len(targets)
-            bar.update(len(batch))
-    return Score(nats, n_scored)
+        # Windows of one shape go through together. Only a text's first and last one may differ from the others.
+        for (_, skip), alike in itertools.groupby(plan, key=lambda w: (w[1] - w[0], w[2] - w[0])):
+            begins = [(begin, end) for begin, end, _ in alike]
+            for i in range(0, len(begins), batch_size):
+                batch = torch.stack([tokens[begin:end] for begin, end in begins[i : i + batch_size]])  # [B, T]
+                sums += _score(model, batch, skip, reference)
+                bar.update(len(batch))
+    nats, kl, agreements = sums.tolist()
+    return Score(nats, n_scored) if reference is None else Score(nats, n_scored, kl / n_scored, agreements / n_scored)
+
+
+def _score(model: GPT, batch: Tensor, skip: int, reference: GPT | None = None) -> Tensor:
+    """Sums over the tokens of some windows, all but the first `skip` >= 1 of each: int64 [B, T] -> float64 [3].
+
+    They are the negative log-likelihood, KL(reference || model) and the agreements; without a reference, the last two
+    are 0. Logits are many (GPT-2 has 50,257 for a token), so they are computed for some tokens at a time.
+    """
+    models = [model] if reference is None else [model, reference]
+    hidden = [each.hidden(batch)[:, skip - 1 : -1].flatten(0, 1) for each in models]  # [S, C], S = B (T - skip)
+    targets = batch[:, skip:].flatten()  # [S]
+    sums = torch.zeros(3, dtype=torch.float64, device=batch.device)
+    rows = max(128, LOGITS_AT_ONCE[batch.device.type] // model.config.vocab_size // 128 * 128)  # whole matmul tiles
+    for i in range(0, len(targets), rows):
+        # log_softmax converts as it reads, so that no float32 copy of the logits is made. Each [rows, V].
+        logs = [
+            each.lm_head(part[i : i + rows]).log_softmax(-1, dtype=torch.float32)
+            for each, part in zip(models, hidden, strict=True)
+        ]
+        sums[0] -= logs[0].gather(1, targets[i : i + rows, None]).sum(dtype=torch.float64)
+        if reference is not None:
+            log_q, log_p = logs
+            sums[1] += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
+            sums[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
+    return sums
+
+
+@torch.inference_mode()
+def scoring_rate(model: GPT, tokens: Tensor, length: int, batch_size: int, seconds: float = 3.0) -> float:
+    """Tokens a second when scoring a text, as `perplexity` does: `batch_size` windows of `length` tokens at once.
+
+    Args:
+        model: in evaluation mode.
+        tokens: int64 [N] with N >= length, on the model's device; a text with fewer windows is repeated.
+        length: tokens in a window, at least 2.
+        seconds: how long to measure, about.
+    """
+    batch = tokens[torch.arange(batch_size * length, device=tokens.device) % len(tokens)].view(batch_size, length)
+    times = _repeat(lambda: _score(model, batch, skip=1), tokens.device, seconds)
+    return batch.numel() / statistics.median(times)
 
 
 @torch.inference_mode()

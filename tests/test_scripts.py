@@ -21,6 +21,9 @@ ROW_FIELDS = {
     "bytes": int,
     "perplexity": float,
     "tokens_scored": int,
+    "kl": float,
+    "top1": float,
+    "scoring_tokens_per_second": float,
     "prefill_tokens_per_second": float,
     "decode_tokens_per_second": float,
     "peak_memory_bytes": int,
@@ -66,7 +69,8 @@ def test_quantize_then_eval_the_demo(tmp_path, short_text):
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     fp16, int4 = content["rows"]
     for row in (fp16, int4):
-        assert {name: type(value) for name, value in row.items()} == ROW_FIELDS
+        not_of_fp16 = {"kl": type(None), "top1": type(None)} if row is fp16 else {}
+        assert {name: type(value) for name, value in row.items()} == ROW_FIELDS | not_of_fp16
         assert row["tokens_scored"] == content["protocol"]["tokens"] - -(-content["protocol"]["tokens"] // 512)
     assert fp16["weights"] == "fp16" and fp16["bits_per_weight"] == 16
     assert 4.2 < int4["bits_per_weight"] < 4.5
@@ -74,6 +78,7 @@ def test_quantize_then_eval_the_demo(tmp_path, short_text):
     # Trained: far better than guessing among 4096 tokens. And int4 costs a few percent, not more.
     assert fp16["perplexity"] < 100
     assert 0.99 < int4["perplexity"] / fp16["perplexity"] < 1.06
+    assert 0.001 < int4["kl"] < 0.06 and 0.8 < int4["top1"] < 1
 
 
 def test_several_quantized_checkpoints(tmp_path, short_text):
@@ -88,6 +93,7 @@ def test_several_quantized_checkpoints(tmp_path, short_text):
     assert content["protocol"]["context_length"] == 256 and content["protocol"]["stride"] == 128
     fp16, row, small = content["rows"]
     assert fp16["perplexity"] < small["perplexity"] < row["perplexity"]
+    assert 0 < small["kl"] < row["kl"] and row["top1"] < small["top1"] < 1
 
 
 def test_a_gpt2_saved_by_transformers_on_raw_wikitext(tmp_path, text_folder):
@@ -168,14 +174,13 @@ def test_the_shortest_model_that_can_be_timed(tmp_path):
 
 
 def test_bits_of_a_model_that_is_partly_int4():
-    import eval
-    from minigpt.quantization.convert import quantize_model
+    from minigpt.quantization.convert import bits_per_weight, quantize_model
     from minigpt.quantization.rtn import METHODS
 
     model = tiny_model(0)
-    assert eval.bits_per_weight(model) == 16
+    assert bits_per_weight(model) == 16
     report = next(quantize_model(model, METHODS["mse"], 16))  # c_attn only: 3 of 12 n_embd^2
-    assert eval.bits_per_weight(model) == pytest.approx((8 * report.stored_bytes + 16 * 9 * 16**2) / (12 * 16**2))
+    assert bits_per_weight(model) == pytest.approx((8 * report.stored_bytes + 16 * 9 * 16**2) / (12 * 16**2))
 
 
 def test_default_dataset_is_wikitext_2(tmp_path, text_folder):

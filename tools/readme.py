@@ -7,7 +7,9 @@ A table stands between two comments, <!-- table: NAME --> and <!-- end of table 
 """
 
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ def evaluation(name: str) -> str:
     """The table of eval.py, with its protocol beneath."""
     content = read(name)
     p, rows = content["protocol"], content["rows"]
+    has_kl = "kl" in rows[0]  # measurements of before it was measured have none
     cells = [
         [
             "FP16" if row["weights"] == "fp16" else "int4",
@@ -39,12 +42,14 @@ def evaluation(name: str) -> str:
             f"{row['bytes'] / 1e6:.1f} MB",
             f"{row['perplexity']:.2f}",
             "" if row is rows[0] else f"{100 * (row['perplexity'] / rows[0]['perplexity'] - 1):+.2f}%",
+            *(["" if row is rows[0] else f"{row['kl']:.4f}"] if has_kl else []),
             f"{row['prefill_tokens_per_second']:,.0f}",
             f"{row['decode_tokens_per_second']:,.0f}",
         ]
         for row in rows
     ]
-    columns = ["weights", "bits/weight", "bytes", "perplexity", "change", "prefill tokens/s", "decode tokens/s"]
+    columns = ["weights", "bits/weight", "bytes", "perplexity", "change", *(["KL"] if has_kl else [])]
+    columns += ["prefill tokens/s", "decode tokens/s"]
     note = (
         f"`{p['command']}`: {p['tokens']:,} tokens, windows of {p['context_length']}, stride {p['stride']}; "
         f"{p['device']}, arithmetic in {p['arithmetic']}, torch {p['torch']}, Python {p['python']}, {p['date']}."
@@ -202,6 +207,46 @@ def quantization() -> str:
     return markdown(columns, lines) + f"\n\n{note} {source(rows)}"
 
 
+def accuracy() -> str:
+    """What int4 costs: a table for each model and text, a line for each method, a column for each group size."""
+    tables: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in read("accuracy"):
+        protocol = tuple(row[name] for name in ("model", "text", "context_length", "stride", "gpu"))
+        tables.setdefault(protocol, []).append(row)
+    return "\n\n".join(accuracy_of(rows) for rows in tables.values())
+
+
+def accuracy_of(rows: list[dict[str, Any]]) -> str:
+    """A table of `accuracy`: the rise of perplexity and the divergence, each the mean over the seeds."""
+    sizes = sorted({row["group_size"] for row in rows}, key=lambda size: math.inf if size == "row" else size)
+
+    def cell(method: str, size: int | str) -> str:
+        """A method's column for a group size."""
+        same = [row for row in rows if (row["method"], row["group_size"]) == (method, size)]
+        if not same:
+            return "-"
+        rises = [100 * (row["perplexity"] / row["fp16_perplexity"] - 1) for row in same]
+        spread = f" ± {(max(rises) - min(rises)) / 2:.2f}" if len(rises) > 1 else ""
+        return f"{statistics.mean(rises):+.2f}%{spread} ({statistics.mean(row['kl'] for row in same):.4f})"
+
+    def label(method: str) -> str:
+        """A method's name; of a peer's, with the version."""
+        version = next(row["peer_version"] for row in rows if row["method"] == method)
+        return f"{method.removeprefix('peer:')} {version} (peer)" if version else method
+
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    cells = [[label(method), *(cell(method, size) for size in sizes)] for method in methods]
+    bits = {row["group_size"]: row["bits_per_weight"] for row in rows if not row["peer_version"]}
+    columns = ["method", *(f"{size} ({bits[size]:.2f} bits)" if size in bits else str(size) for size in sizes)]
+    first = rows[0]
+    note = (
+        f"Rise of perplexity over FP16's {first['fp16_perplexity']:.2f} (and KL divergence from FP16, in nats a token) "
+        f"for each group size: {first['model']} on {first['text']}, {first['tokens_scored']:,} tokens scored, windows "
+        f"of {first['context_length']}, stride {first['stride']}. {provenance(first)}"
+    )
+    return markdown(columns, cells) + f"\n\n{note}"
+
+
 def source(rows: list[dict[str, Any]]) -> str:
     """Of what shape, where and how measurements were taken."""
     return f"{rows[0]['n']} x {rows[0]['k']}, {provenance(rows[0])}"
@@ -213,6 +258,7 @@ def provenance(row: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
     "demo-cpu": lambda: evaluation("eval_demo_cpu"),
     "demo-h200": lambda: evaluation("eval_demo_h200"),
     "demo-baselines": baselines,

@@ -65,6 +65,19 @@ def block_linears(model: GPT) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
+def bits_per_weight(model: GPT) -> float:
+    """Bits stored for a weight of the blocks' linear layers: codes, scales and zeros of int4 ones, 16 for others."""
+    layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
+    fp16_weights = sum(layer.weight.numel() for _, layer in block_linears(model))
+    weights = fp16_weights + sum(layer.in_features * layer.out_features for layer in layers)
+    return (16 * fp16_weights + 8 * sum(layer.stored_bytes for layer in layers)) / weights
+
+
+def read_group_size(text: str) -> int:
+    """A group size as users give it: a number, or 'row'."""
+    return WHOLE_ROW if text == "row" else int(text)
+
+
 def layer_group_size(in_features: int, group_size: int) -> int:
     """The group size that a layer gets: `group_size`, or in_features where WHOLE_ROW is asked for."""
     return in_features if group_size == WHOLE_ROW else group_size

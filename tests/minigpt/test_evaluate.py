@@ -1,5 +1,6 @@
 """The perplexity protocol, against the loop that Hugging Face documents, with transformers' own model and loss."""
 
+import copy
 import math
 import sys
 
@@ -55,6 +56,51 @@ def test_perplexity_is_that_of_the_documented_loop(pair, n_tokens, context_lengt
     assert score.perplexity == pytest.approx(expected, rel=1e-5)
 
 
+def divergence_and_agreement(p_model, q_model, tokens, context_length, stride):
+    """KL(p || q) and top-1 agreement by their definitions, in float64, from transformers' logits."""
+    kl, same, previous_end = [], [], 0
+    for begin in range(0, len(tokens), stride):
+        end = min(begin + context_length, len(tokens))
+        window = tokens[None, begin:end]
+        with torch.no_grad():
+            p, q = (m(window).logits[0, :-1].double().softmax(-1) for m in (p_model, q_model))  # [T - 1, V]
+        new = min(end - previous_end, end - begin - 1)  # the tokens that this window scores are its last
+        if new:
+            kl += (p * (p / q).log()).sum(-1)[-new:].tolist()
+            same += (p.argmax(-1) == q.argmax(-1))[-new:].tolist()
+        previous_end = end
+        if end == len(tokens):
+            break
+    return sum(kl) / len(kl), sum(same) / len(same)
+
+
+@pytest.mark.parametrize("n_tokens", [2, 33, 65, 200])
+@pytest.mark.parametrize(("context_length", "stride"), [(32, 32), (32, 7), (20, 1)])
+@pytest.mark.parametrize("rows", [128, 10**6])
+def test_divergence_is_its_definition(pair, tmp_path, monkeypatch, n_tokens, context_length, stride, rows):
+    """Against transformers' logits of two different models; whether all tokens' logits are computed at once or not."""
+    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", {"cpu": rows * 97})
+    reference, ours = pair
+    other = copy.deepcopy(reference)
+    for parameter in other.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    other.save_pretrained(tmp_path)
+    tokens = torch.randint(97, (n_tokens,))
+    changed = checkpoint.load(tmp_path, torch.float32)
+    score = evaluate.perplexity(changed, tokens, context_length, stride, batch_size=9, reference=ours)
+    kl, top1 = divergence_and_agreement(reference, other, tokens, context_length, stride)
+    assert score.kl == pytest.approx(kl, rel=1e-4) and kl > 1e-3
+    assert score.top1 == pytest.approx(top1)
+    alone = evaluate.perplexity(changed, tokens, context_length, stride, batch_size=9)
+    assert alone.perplexity == pytest.approx(score.perplexity, rel=1e-12) and alone.kl is None and alone.top1 is None
+
+
+def test_a_model_does_not_diverge_from_itself(pair):
+    _, ours = pair
+    score = evaluate.perplexity(ours, torch.randint(97, (100,)), 32, 32, 2, reference=copy.deepcopy(ours))
+    assert score.kl == 0 and score.top1 == 1
+
+
 def test_every_token_is_scored_once():
     """With any stride, windows score each token at most once, and leave out only those that begin a window."""
     for n_tokens in (2, 50, 64, 65, 129):
@@ -92,6 +138,7 @@ def test_rates_are_tokens_over_time(pair, monkeypatch):
     tokens = torch.randint(97, (32,))
     assert evaluate.prefill_rate(ours, tokens, 32) == 32 / 0.5
     assert evaluate.prefill_rate(ours, tokens, 10, batch_size=3) == 30 / 0.5
+    assert evaluate.scoring_rate(ours, tokens, 16, 3) == 3 * 16 / 0.5
     assert evaluate.decode_rate(ours, tokens, 8, 20) == 1 / 0.5
     assert evaluate.decode_rate(ours, tokens, 31, 1, batch_size=5) == 5 / 0.5
 

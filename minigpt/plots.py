@@ -1,0 +1,122 @@
+"""Draws what `python -m minigpt.sweep` measured: perplexity against bits a weight. Needs matplotlib.
+
+python -m minigpt.plots [FILE]      results/accuracy.json -> results/accuracy.png
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minigpt.errors import UserError, run_script
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = dict[str, Any]
+
+# Okabe and Ito's colours, which colour-blind people tell apart too, and markers; methods take them in this order.
+STYLES = (
+    *(("#777777", "o"), ("#56B4E9", "D"), ("#0072B2", "s"), ("#CC79A7", "P"), ("#009E73", "^")),
+    *(("#E69F00", "X"), ("#D55E00", "v"), ("#000000", "h")),
+)
+PEER_MARKERS = "*pd<>"
+PEER = "peer:"
+
+
+def save_accuracy(path: Path) -> Path:
+    """Draws a file of measurements as a .png beside it, whose path is returned.
+
+    Raises:
+        UserError: there is no such file, or nothing in it.
+    """
+    if not path.is_file() or not (rows := json.loads(path.read_text(encoding="utf-8"))):
+        raise UserError(f"{path}: no measurements; make them with: python -m minigpt.sweep")
+    picture = path.with_suffix(".png")
+    draw_accuracy(rows).savefig(picture, dpi=150)
+    return picture
+
+
+def panel_of(row: Row) -> tuple[Any, ...]:
+    """What measurements must share to be compared: the model, the text, and how it was scored."""
+    return (row["model"], row["text"], row["context_length"], row["stride"], row["gpu"])
+
+
+def over_seeds(rows: Sequence[Row]) -> list[tuple[float, float, float, float]]:
+    """(bits a weight, mean, least and greatest perplexity over the seeds) for each group size of a method, in order."""
+    by_size: dict[Any, list[Row]] = {}
+    for row in rows:
+        by_size.setdefault(row["group_size"], []).append(row)
+    points = []
+    for same in by_size.values():
+        perplexities = [row["perplexity"] for row in same]
+        points.append((same[0]["bits_per_weight"], statistics.mean(perplexities), min(perplexities), max(perplexities)))
+    return sorted(points)
+
+
+def draw_accuracy(rows: Sequence[Row]) -> "Figure":
+    """Perplexity against bits a weight, a panel for each model and text: methods are curves, FP16 a line, peers points.
+
+    Args:
+        rows: measurements as `minigpt.sweep` writes them. A bar spans the seeds of a method that depends on them.
+    """
+    from matplotlib.figure import Figure
+
+    panels = list(dict.fromkeys(panel_of(row) for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = Figure(figsize=(max(7.5, 6.2 * len(panels)), 5.4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for panel, key in zip(axes, panels, strict=True):
+        draw_panel(panel, [row for row in rows if panel_of(row) == key], methods)
+    lines = {line.get_label(): line for panel in axes for line in panel.get_lines()}
+    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=6, frameon=False)
+    return figure
+
+
+def draw_panel(panel: "Axes", rows: Sequence[Row], methods: Sequence[str]) -> None:
+    """A panel of `draw_accuracy`; `methods` gives each method of the figure its colour."""
+    fp16 = rows[0]["fp16_perplexity"]
+    ours = [method for method in methods if not method.startswith(PEER)]
+    peers = [method for method in methods if method.startswith(PEER)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        bits, means, least, greatest = zip(*over_seeds([row for row in rows if row["method"] == method]), strict=True)
+        if method in ours:
+            colour, marker = STYLES[ours.index(method) % len(STYLES)]
+            style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "-", "ms": 6, "lw": 1.8}
+        else:
+            marker = PEER_MARKERS[peers.index(method) % len(PEER_MARKERS)]
+            style = {"color": "black", "marker": marker, "mfc": "white", "linestyle": "none", "ms": 9}
+        label = method.removeprefix(PEER) + (" (peer)" if method in peers else "")
+        panel.plot(bits, means, label=label, **style)
+        panel.vlines(bits, least, greatest, color=style["color"], linewidth=1.2)
+    panel.axhline(fp16, color="black", linewidth=1.2, linestyle="--", label="FP16")
+    panel.set_xlabel("bits a weight, scales and zeros included")
+    panel.set_ylabel("perplexity")
+
+    def rise(perplexity: Any) -> Any:  # noqa: ANN401 (an array, or whatever matplotlib makes of it)
+        """How much more than FP16's, in percent."""
+        return 100 * (perplexity / fp16 - 1)
+
+    def perplexity_of(rise: Any) -> Any:  # noqa: ANN401
+        """The perplexity that is so much more than FP16's."""
+        return fp16 * (1 + rise / 100)
+
+    percent = panel.secondary_yaxis("right", functions=(rise, perplexity_of))
+    percent.set_ylabel("over FP16")
+    percent.yaxis.set_major_formatter(lambda value, _: f"{value:+g}%" if value else "0%")
+    panel.set_title(f"{rows[0]['model']} on {rows[0]['text']}, windows of {rows[0]['context_length']}")
+    panel.grid(alpha=0.3)
+
+
+def main() -> None:
+    """Draws a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, default=Path("results/accuracy.json"))
+    print(save_accuracy(parser.parse_args().file))
+
+
+if __name__ == "__main__":
+    run_script(main)
