@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from minigpt import checkpoint, data, evaluate
+from minigpt.bench import fused
+from minigpt.decode import How, StepLogits
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
 from minigpt.errors import UserError, run_script
 from minigpt.files import check_file, write_json
@@ -41,6 +43,7 @@ class Row:
     tokens_scored: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    decode_how: str
     peak_memory_bytes: int | None
     device: str
 
@@ -62,10 +65,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context-length", type=int, help="tokens in a window (default: as many as the model reads)")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: the context length)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    parser.add_argument(
+        "--compile", action="store_true", help="decode FP16 by torch.compile, on a GPU (a minute or so)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save protocol and rows")
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
+    if args.compile and args.device == "cpu":
+        raise UserError("--compile is for a GPU, and --device is cpu")
     args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
@@ -94,6 +102,13 @@ def bits_per_weight(model: GPT) -> float:
     return (16 * fp16_weights + 8 * sum(layer.stored_bytes for layer in layers)) / weights
 
 
+def decode_way(model: GPT, weights: str, args: argparse.Namespace) -> tuple[How, StepLogits | None]:
+    """The fastest way to decode: int4 by fused kernels where they serve it, FP16 compiled if that is asked for."""
+    if weights == "fp16":
+        return ("compiled" if args.compile else "captured"), None
+    return "captured", fused(model, batch_size=1)
+
+
 def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: argparse.Namespace) -> Row:
     """Loads a checkpoint, measures it, and lets it go."""
     memory = evaluate.PeakMemory(torch.device(args.device))
@@ -106,7 +121,10 @@ def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: ar
         model, tokens, protocol["context_length"], protocol["stride"], args.batch_size, f"{weights}: perplexity"
     )
     prefill = evaluate.prefill_rate(model, tokens, protocol["prefill_tokens"])
-    decode = evaluate.decode_rate(model, tokens, protocol["decode_prompt_tokens"], protocol["decode_new_tokens"])
+    how, step_logits = decode_way(model, weights, args)
+    decode = evaluate.decode_rate(
+        model, tokens, protocol["decode_prompt_tokens"], protocol["decode_new_tokens"], how=how, step_logits=step_logits
+    )
     return Row(
         weights=weights,
         bits_per_weight=bits,
@@ -115,6 +133,7 @@ def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: ar
         tokens_scored=score.tokens_scored,
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
+        decode_how="eager" if args.device == "cpu" else "fused" if step_logits else how,
         peak_memory_bytes=memory.read(),
         device=protocol["device"],
     )
@@ -172,6 +191,7 @@ def format_rows(rows: list[Row]) -> str:
             "" if row is first else f"{100 * (row.perplexity / first.perplexity - 1):+.2f}%",
             f"{row.prefill_tokens_per_second:,.0f}",
             f"{row.decode_tokens_per_second:,.1f}",
+            row.decode_how,
             "unknown" if row.peak_memory_bytes is None else format_bytes(row.peak_memory_bytes),
         ]
         for row in rows
@@ -184,6 +204,7 @@ def format_rows(rows: list[Row]) -> str:
         "change",
         "prefill tok/s",
         "decode tok/s",
+        "how",
         "peak memory",
     ]
     return format_table(columns, cells)

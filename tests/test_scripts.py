@@ -23,6 +23,7 @@ ROW_FIELDS = {
     "tokens_scored": int,
     "prefill_tokens_per_second": float,
     "decode_tokens_per_second": float,
+    "decode_how": str,
     "peak_memory_bytes": int,
     "device": str,
 }
