@@ -72,8 +72,8 @@ def parse_args() -> argparse.Namespace:
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
-    if args.compile and args.device == "cpu":
-        raise UserError("--compile is for a GPU, and --device is cpu")
+    if args.compile and not args.device.startswith("cuda"):
+        raise UserError(f"--compile is for a GPU, and --device is {args.device}")
     args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
@@ -133,7 +133,7 @@ def measure(path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: ar
         tokens_scored=score.tokens_scored,
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
-        decode_how="eager" if args.device == "cpu" else "fused" if step_logits else how,
+        decode_how="eager" if not args.device.startswith("cuda") else "fused" if step_logits else how,
         peak_memory_bytes=memory.read(),
         device=protocol["device"],
     )

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from minigpt import bench_plots, checkpoint, evaluate
 from minigpt.config import PRESETS, GPTConfig
-from minigpt.decode import DecodeStep, StepLogits, compiled_logits, model_logits
+from minigpt.decode import COMPILER_TUNING, DecodeStep, How, StepLogits, compiled_logits, model_logits
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
 from minigpt.errors import UserError, run_script
 from minigpt.files import Row, check_file, merge, read_rows, write_json
@@ -106,15 +106,21 @@ def make_model(name: str, dtype: torch.dtype, device: str) -> GPT:
     return model.to(dtype).eval().requires_grad_(False)
 
 
-def subjects(name: str, group_size: int, embeddings: Sequence[str], device: str) -> Iterator[Subject]:
+def float_dtypes(device: str) -> list[torch.dtype]:
+    """What int4 is compared with: on a CPU, bf16 has half the bytes, but not every CPU is fast at it."""
+    return [torch.float16] if device.startswith("cuda") else [torch.float32, torch.bfloat16]
+
+
+def subjects(
+    name: str, dtypes: Sequence[torch.dtype], group_size: int, embeddings: Sequence[str], device: str
+) -> Iterator[Subject]:
     """A model in floating point and in int4, one after the other; let each go before the next is made."""
-    int4_dtype = arithmetic_dtype(device)
-    for dtype in [torch.float16] if device.startswith("cuda") else [torch.float32, torch.bfloat16]:
+    for dtype in dtypes:
         short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         yield make_subject(name, dtype, device, {"weights": short, "group_size": None, "embedding": short})
     for embedding in embeddings:
         labels = {"weights": "int4", "group_size": group_size, "embedding": embedding}
-        yield make_subject(name, int4_dtype, device, labels)
+        yield make_subject(name, arithmetic_dtype(device), device, labels)
 
 
 def make_subject(name: str, dtype: torch.dtype, device: str, labels: Row) -> Subject:
@@ -173,12 +179,12 @@ def fused(model: GPT, batch_size: int) -> StepLogits | None:
     return step
 
 
-def step_for(how: str, model: GPT, batch_size: int, max_autotune: bool) -> StepLogits | None:
+def step_for(how: str, model: GPT, batch_size: int, tuning: Sequence[str]) -> StepLogits | None:
     """The computation of a step; None if it is not possible for this model and batch."""
     if how == "fused":
         return fused(model, batch_size)
     plain = model_logits(model)
-    return compiled_logits(plain, max_autotune) if how == "compiled" else plain
+    return compiled_logits(plain, tuning) if how == "compiled" else plain
 
 
 def check_step(step_logits: StepLogits, model: GPT, tokens: Tensor, positions: Tensor, cache: KVCache) -> None:
@@ -209,8 +215,8 @@ def time_decode(step_logits: StepLogits, model: GPT, batch_size: int, context: i
     tokens = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
     positions = torch.full((batch_size, 1), context - 1, device=device)
     check_step(step_logits, model, tokens, positions, cache)
-    launched = "eager" if how == "eager" else "captured"
-    step = DecodeStep(step_logits, GREEDY.choose, cache, tokens, positions, launched)  # type: ignore[arg-type]
+    launched: How = "eager" if how == "eager" else "captured"
+    step = DecodeStep(step_logits, GREEDY.choose, cache, tokens, positions, launched)
     return evaluate.step_rate(step, max(0, context - LAST_POSITIONS), context, SECONDS)
 
 
@@ -228,7 +234,7 @@ def measure(
     model, labels = subject
     for batch_size in args.batch_sizes:
         for how in hows:
-            step_logits = step_for(how, model, batch_size, args.max_autotune)
+            step_logits = step_for(how, model, batch_size, args.tuning)
             if step_logits is None:
                 print(f"{labels['model']}, {labels['weights']}, batch {batch_size}: not served by {how}", flush=True)
                 continue
@@ -279,7 +285,7 @@ def bench_decode(args: argparse.Namespace) -> list[Row]:
         for name, group_size, contexts in plan:
             if is_random(name):
                 print(f"{name}: random weights", flush=True)
-            for subject in subjects(name, group_size, args.embedding, args.device):
+            for subject in subjects(name, float_dtypes(args.device), group_size, args.embedding, args.device):
                 hows = [how for how in ways(subject.labels["weights"], args.device) if how in (args.how or allowed)]
                 for row in measure(subject, hows, args, contexts, bandwidth):
                     measured.append(environment(args.device) | row)
@@ -345,11 +351,9 @@ def bench_profile(args: argparse.Namespace) -> list[Row]:
         raise UserError(f"--context is {args.context}, it must be from 1 to {config.n_positions}")
     group_size = default_group_size(args.model, config, args.group_size)
     measured = []
-    for subject in subjects(args.model, group_size, args.embedding, args.device):
-        if subject.labels["arithmetic"] != str(arithmetic_dtype(args.device)).removeprefix("torch."):
-            continue
+    for subject in subjects(args.model, [arithmetic_dtype(args.device)], group_size, args.embedding, args.device):
         for how in ways(subject.labels["weights"], args.device):
-            step_logits = step_for(how, subject.model, args.batch_size, max_autotune=False)
+            step_logits = step_for(how, subject.model, args.batch_size, tuning=())
             if how == "compiled" or step_logits is None:  # what the compiler made of the parts cannot be told apart
                 continue
             cache = random_cache(subject.model, args.batch_size, args.context)
@@ -392,7 +396,11 @@ def parse_args() -> argparse.Namespace:
         "--how", nargs="+", choices=("eager", "captured", "compiled", "fused"), help="(default: all that are possible)"
     )
     decode.add_argument(
-        "--max-autotune", action="store_true", help="let the compiler try its own matmuls beside cuBLAS's: slow"
+        "--tuning",
+        nargs="*",
+        choices=COMPILER_TUNING,
+        default=COMPILER_TUNING[:1],
+        help=f"what the compiler does beyond its defaults, for long (default: {COMPILER_TUNING[0]})",
     )
     profile = commands.add_parser("profile", help="where a decode step's time goes")
     on_gpu = torch.cuda.is_available()
@@ -406,7 +414,7 @@ def parse_args() -> argparse.Namespace:
             nargs="+",
             choices=EMBEDDINGS,
             default=EMBEDDINGS[:1],
-            help="of int4 models (default: %(default)s)",
+            help=f"of int4 models (default: {EMBEDDINGS[0]})",
         )
         command.add_argument(
             "--json", type=Path, default=Path(f"results/{name}.json"), metavar="FILE", help="(default: %(default)s)"

@@ -21,6 +21,10 @@ StepLogits = Callable[[Tensor, Tensor, KVCache], Tensor]
 # eager: kernels launched one by one. captured: as a CUDA graph. compiled: by torch.compile, then captured.
 How = Literal["eager", "captured", "compiled"]
 
+# What torch's compiler can do beyond its defaults. The first tunes the kernels that it writes, and lets it write those
+# for attention and for matrix times vector itself; the second tries its own matmuls beside cuBLAS's.
+COMPILER_TUNING = ("coordinate_descent_tuning", "max_autotune")
+
 
 def model_logits(model: GPT) -> StepLogits:
     """The model as it is. Faster steps for one token have the same arguments and the same result."""
@@ -31,7 +35,7 @@ def model_logits(model: GPT) -> StepLogits:
     return step_logits
 
 
-def compiled_logits(step_logits: StepLogits, max_autotune: bool = True) -> StepLogits:
+def compiled_logits(step_logits: StepLogits, tuning: Sequence[str] = COMPILER_TUNING) -> StepLogits:
     """A step made by torch.compile, once, at its first call; the graph to replay it from is `DecodeStep`'s.
 
     Call it under `torch.inference_mode`, as DecodeStep does: it would be compiled anew elsewhere. For caches of several
@@ -39,14 +43,10 @@ def compiled_logits(step_logits: StepLogits, max_autotune: bool = True) -> StepL
 
     Args:
         step_logits: what to compile.
-        max_autotune: try the compiler's own matmuls beside cuBLAS's for several tokens, or one with a bias. For all
-            else, attention too, it tunes kernels of its own in any case.
+        tuning: those of COMPILER_TUNING that the compiler is to do; each takes it longer.
     """
     torch.compiler.reset()  # it refuses to compile one function for too many models; captured steps are safe
-    options: dict[str, str | int | bool | Callable[..., object]] = {
-        "coordinate_descent_tuning": True,
-        "max_autotune": max_autotune,
-    }
+    options: dict[str, str | int | bool | Callable[..., object]] = dict.fromkeys(tuning, True)
     compiled = torch.compile(step_logits, fullgraph=True, dynamic=False, options=options)
 
     def compiled_step(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
