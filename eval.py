@@ -22,6 +22,8 @@ from typing import Any
 import torch
 
 from minigpt import checkpoint, data, evaluate
+from minigpt.bench import fused
+from minigpt.decode import How, StepLogits
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
 from minigpt.errors import UserError, run_script
 from minigpt.files import check_file, write_json
@@ -46,6 +48,7 @@ class Row:
     scoring_tokens_per_second: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    decode_how: str
     peak_memory_bytes: int | None
     device: str
     int4_path: str
@@ -68,10 +71,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context-length", type=int, help="tokens in a window (default: as many as the model reads)")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: the context length)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    parser.add_argument(
+        "--compile", action="store_true", help="decode FP16 by torch.compile, on a GPU (a minute or so)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="save protocol and rows")
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
+    if args.compile and not args.device.startswith("cuda"):
+        raise UserError(f"--compile is for a GPU, and --device is {args.device}")
     args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
@@ -92,6 +100,13 @@ def load_fp16(path: Path, device: str) -> GPT:
     return checkpoint.load(path, torch.float16).to(device=device, dtype=arithmetic_dtype(device))
 
 
+def decode_way(model: GPT, weights: str, args: argparse.Namespace) -> tuple[How, StepLogits | None]:
+    """The fastest way to decode: int4 by fused kernels where they serve it, FP16 compiled if that is asked for."""
+    if weights == "fp16":
+        return ("compiled" if args.compile else "captured"), None
+    return "captured", fused(model, batch_size=1)
+
+
 def measure(
     path: Path, fp16_path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: argparse.Namespace
 ) -> Row:
@@ -105,7 +120,10 @@ def measure(
     window = min(protocol["context_length"], len(tokens))
     scoring = evaluate.scoring_rate(model, tokens, window, args.batch_size)
     prefill = evaluate.prefill_rate(model, tokens, protocol["prefill_tokens"])
-    decode = evaluate.decode_rate(model, tokens, protocol["decode_prompt_tokens"], protocol["decode_new_tokens"])
+    how, step_logits = decode_way(model, weights, args)
+    decode = evaluate.decode_rate(
+        model, tokens, protocol["decode_prompt_tokens"], protocol["decode_new_tokens"], how=how, step_logits=step_logits
+    )
     peak = memory.read()  # of this model alone: its reference comes after
     score = evaluate.perplexity(
         model,
@@ -127,6 +145,7 @@ def measure(
         scoring_tokens_per_second=scoring,
         prefill_tokens_per_second=prefill,
         decode_tokens_per_second=decode,
+        decode_how="eager" if not args.device.startswith("cuda") else "fused" if step_logits else how,
         peak_memory_bytes=peak,
         device=protocol["device"],
         int4_path=describe_path(model),
@@ -190,6 +209,7 @@ def format_rows(rows: list[Row]) -> str:
             f"{row.scoring_tokens_per_second:,.0f}",
             f"{row.prefill_tokens_per_second:,.0f}",
             f"{row.decode_tokens_per_second:,.1f}",
+            row.decode_how,
             "unknown" if row.peak_memory_bytes is None else format_bytes(row.peak_memory_bytes),
         ]
         for row in rows
@@ -205,6 +225,7 @@ def format_rows(rows: list[Row]) -> str:
         "scoring tok/s",
         "prefill tok/s",
         "decode tok/s",
+        "how",
         "peak memory",
     ]
     return format_table(columns, cells)

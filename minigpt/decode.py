@@ -6,7 +6,6 @@ position, chooses the next one on the GPU, writes it where the last one was, and
 captured once in a CUDA graph, and a step is then one launch. The host reads the tokens a step behind.
 """
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
@@ -22,6 +21,10 @@ StepLogits = Callable[[Tensor, Tensor, KVCache], Tensor]
 # eager: kernels launched one by one. captured: as a CUDA graph. compiled: by torch.compile, then captured.
 How = Literal["eager", "captured", "compiled"]
 
+# What torch's compiler can do beyond its defaults. The first tunes the kernels that it writes, and lets it write those
+# for attention and for matrix times vector itself; the second tries its own matmuls beside cuBLAS's.
+COMPILER_TUNING = ("coordinate_descent_tuning", "max_autotune")
+
 
 def model_logits(model: GPT) -> StepLogits:
     """The model as it is. Faster steps for one token have the same arguments and the same result."""
@@ -30,6 +33,29 @@ def model_logits(model: GPT) -> StepLogits:
         return model.lm_head(model.hidden(tokens, cache, positions)[:, -1])  # [B, V]
 
     return step_logits
+
+
+def compiled_logits(step_logits: StepLogits, tuning: Sequence[str] = COMPILER_TUNING) -> StepLogits:
+    """A step made by torch.compile, once, at its first call; the graph to replay it from is `DecodeStep`'s.
+
+    Call it under `torch.inference_mode`, as DecodeStep does: it would be compiled anew elsewhere. For caches of several
+    lengths it is compiled once as well, if `torch._dynamo.mark_dynamic(tensor, 2)` has been said of each k and v.
+
+    Args:
+        step_logits: what to compile.
+        tuning: those of COMPILER_TUNING that the compiler is to do; each takes it longer.
+    """
+    torch.compiler.reset()  # it refuses to compile one function for too many models; captured steps are safe
+    options: dict[str, str | int | bool | Callable[..., object]] = dict.fromkeys(tuning, True)
+    compiled = torch.compile(step_logits, fullgraph=True, dynamic=False, options=options)
+
+    def compiled_step(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        # Attention written out in plain operations is what the compiler can fuse: it cannot look into a kernel. For
+        # one token that is as good. (As gpt-fast does, github.com/meta-pytorch/gpt-fast.)
+        with sdpa_kernel(SDPBackend.MATH):
+            return compiled(tokens, positions, cache)
+
+    return compiled_step
 
 
 def read_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, KVCache]:
@@ -87,15 +113,11 @@ class DecodeStep:
             how: see `How`.
             generator: the one that `choose` draws from, if it draws: a graph must know, to go on in its numbers.
         """
-        self.step_logits, self.choose, self.cache, self.how = step_logits, choose, cache, how
+        self.step_logits, self.choose, self.cache = step_logits, choose, cache
         self.tokens, self.positions = tokens.clone(), positions.clone()
         self.graph: torch.cuda.CUDAGraph | None = None
         if how == "compiled":
-            torch.compiler.reset()  # it refuses to compile one function for too many models; captured steps are safe
-            # All that the compiler has, its choice between its own matmuls and cuBLAS's too; the graph is ours.
-            self.step_logits = torch.compile(
-                step_logits, fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs"
-            )
+            self.step_logits = compiled_logits(step_logits)
         if how != "eager" and tokens.is_cuda:
             self._capture(generator)
 
@@ -109,10 +131,7 @@ class DecodeStep:
         return self.tokens
 
     def _run(self) -> None:
-        # Attention written out in plain operations is what the compiler can fuse: it cannot look into a kernel. For
-        # one token that is as good. (As gpt-fast does, github.com/meta-pytorch/gpt-fast.)
-        with sdpa_kernel(SDPBackend.MATH) if self.how == "compiled" else contextlib.nullcontext():
-            logits = self.step_logits(self.tokens, self.positions, self.cache)  # [B, V]
+        logits = self.step_logits(self.tokens, self.positions, self.cache)  # [B, V]
         self.tokens.copy_(self.choose(logits))
         self.positions.add_(1)
 

@@ -168,6 +168,21 @@ def scoring_rate(model: GPT, tokens: Tensor, length: int, batch_size: int, secon
 
 
 @torch.inference_mode()
+def scoring_rate(model: GPT, tokens: Tensor, length: int, batch_size: int, seconds: float = 3.0) -> float:
+    """Tokens a second when scoring a text, as `perplexity` does: `batch_size` windows of `length` tokens at once.
+
+    Args:
+        model: in evaluation mode.
+        tokens: int64 [N] with N >= length, on the model's device; a text with fewer windows is repeated.
+        length: tokens in a window, at least 2.
+        seconds: how long to measure, about.
+    """
+    batch = tokens[torch.arange(batch_size * length, device=tokens.device) % len(tokens)]  # [batch_size * length]
+    times = _repeat(lambda: perplexity(model, batch, length, length, batch_size), tokens.device, seconds)
+    return len(batch) / statistics.median(times)
+
+
+@torch.inference_mode()
 def prefill_rate(model: GPT, tokens: Tensor, length: int, seconds: float = 3.0, batch_size: int = 1) -> float:
     """Tokens a second when reading a prompt: `length` tokens at once, output layer for the last one only.
 
@@ -196,9 +211,6 @@ def decode_rate(
 ) -> float:
     """Tokens a second when writing: greedy, KV cache, after a prompt; the prompt's own time not counted.
 
-    A run of up to 16 steps is timed at once on a GPU, where `generate` does not wait for each either; on a CPU every
-    step. The median counts.
-
     Args:
         model: in evaluation mode.
         tokens: int64 [N], whose first prompt_length are the prompt.
@@ -214,15 +226,43 @@ def decode_rate(
     positions = torch.full((batch_size, 1), prompt_length, device=tokens.device)
     step_logits = step_logits or model_logits(model)
     step = DecodeStep(step_logits, GREEDY.choose, cache, GREEDY.choose(logits), positions, how)
-    n_steps = min(16, max_new_tokens) if tokens.is_cuda else 1
-    begins = itertools.cycle(range(prompt_length, prompt_length + max_new_tokens - n_steps + 1, n_steps))
+    return step_rate(step, prompt_length, prompt_length + max_new_tokens, seconds)
+
+
+@torch.inference_mode()
+def step_rate(step: DecodeStep, begin: int, end: int, seconds: float = 5.0) -> float:
+    """Tokens a second of a decode step, those of all its sequences.
+
+    A run of up to 16 steps is timed at once on a GPU, where `generate` does not wait for each either; on a CPU every
+    step. The median counts.
+
+    Args:
+        step: its positions are set, and left somewhere.
+        begin, end: it is timed at positions begin..end-1, then again from begin on.
+        seconds: how long to measure, about.
+    """
+    n_steps = min(16, end - begin) if step.tokens.is_cuda else 1
+    begins = itertools.cycle(range(begin, end - n_steps + 1, n_steps))
 
     def run() -> None:
         step.positions.fill_(next(begins))
         for _ in range(n_steps):
             step()
 
-    return batch_size * n_steps / statistics.median(_repeat(run, tokens.device, seconds))
+    return len(step.tokens) * n_steps / statistics.median(_repeat(run, step.tokens.device, seconds))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """The memory ceiling: bytes read plus bytes written per second by large copies within a device's memory."""
+    source = torch.ones(2**29 if device.type == "cuda" else 2**27, dtype=torch.float16, device=device)  # 1 GiB
+    target = torch.empty_like(source)
+    n_copies = 8 if device.type == "cuda" else 1  # a run is then long beside the time that starting it takes
+
+    def run() -> None:
+        for _ in range(n_copies):
+            target.copy_(source)
+
+    return 2 * n_copies * source.nbytes / statistics.median(_repeat(run, device, 0.5))
 
 
 def _repeat(function: Callable[[], object], device: torch.device, seconds: float) -> list[float]:

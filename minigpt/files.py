@@ -1,11 +1,18 @@
-"""Files of results: whether one can be written is asked before the work, and it is written whole or not at all."""
+"""Files of results: whether one can be written is asked before the work, and it is written whole or not at all.
+
+Many are lists of measurements, each a `Row`, to which a later run adds its own.
+"""
 
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from minigpt.errors import UserError
+
+Row = dict[str, Any]
 
 
 def check_file(flag: str, path: Path) -> None:
@@ -36,6 +43,32 @@ def write_json(path: Path, content: object) -> None:
         temporary = Path(folder) / path.name
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
+
+
+def read_rows(flag: str, path: Path, identity: Sequence[str]) -> list[Row]:
+    """The measurements in a file; none if there is no such file.
+
+    Raises:
+        UserError: naming `flag`: the file holds something else than rows with the fields of `identity`.
+    """
+    if not path.is_file():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: not JSON ({error})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= set(identity) for row in rows):
+        raise UserError(f"{flag} {path}: not a list of such measurements; give another file")
+    return rows
+
+
+def merge(rows: Sequence[Row], row: Row, identity: Sequence[str]) -> list[Row]:
+    """The measurements with one more, in the place of the one whose `identity` it repeats, or else at the end."""
+    places = [[other[name] for name in identity] for other in rows]
+    place = [row[name] for name in identity]
+    if place not in places:
+        return [*rows, row]
+    return [row if other == place else old for other, old in zip(places, rows, strict=True)]
 
 
 def _is_device(path: Path) -> bool:

@@ -26,6 +26,7 @@ ROW_FIELDS = {
     "scoring_tokens_per_second": float,
     "prefill_tokens_per_second": float,
     "decode_tokens_per_second": float,
+    "decode_how": str,
     "peak_memory_bytes": int,
     "device": str,
     "int4_path": str,
@@ -237,6 +238,7 @@ class TestErrors:
             run(tmp_path, "eval.py", "checkpoints/demo-int4", *text, "--quantized", "checkpoints/demo-int4"), "int4"
         )
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--device", "cuda:99"), "--device cuda:99")
+        must_fail(run(tmp_path, "eval.py", "demo", *text, "--compile", "--device", "cpu"), "--compile is for a GPU")
 
     def test_of_generate(self, tmp_path):
         result = run(ROOT, "minigpt/generate.py", "--model", "gpt9", "hello", PYTHONPATH=str(ROOT))

@@ -247,6 +247,131 @@ def accuracy_of(rows: list[dict[str, Any]]) -> str:
     return markdown(columns, cells) + f"\n\n{note}"
 
 
+Group = dict[tuple[str, str], dict[str, Any]]  # measurements that belong together, by (weights, how)
+
+
+def decode_groups(what: str, on_cpu: bool) -> dict[str, dict[tuple[Any, ...], Group]]:
+    """Of results/decode.json: the measurements of `what` by CPU or by GPU, and in groups of what is to be compared.
+
+    There is a group for each (model, batch, context, embedding of int4, group size), in this order, that has both:
+    int4, and something that is not, which belongs to all groups of its model, batch and context.
+    """
+    rows = [row for row in read("decode") if row["what"] == what and row["gpu"].startswith("cpu") == on_cpu]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    rows.sort(key=lambda row: (models.index(row["model"]), row["batch"], row["context"]))
+    devices: dict[str, dict[tuple[Any, ...], Group]] = {}
+    for gpu in dict.fromkeys(row["gpu"] for row in rows):
+        groups: dict[tuple[Any, ...], Group] = {}
+        floating: dict[tuple[Any, ...], Group] = {}
+        for row in (row for row in rows if row["gpu"] == gpu):
+            place = (row["model"], row["batch"], row["context"])
+            if row["weights"] == "int4":
+                group = groups.setdefault((*place, row["embedding"], row["group_size"]), {})
+            else:
+                group = floating.setdefault(place, {})
+            group[row["weights"], row["how"]] = row
+        devices[gpu] = {place: floating[place[:3]] | group for place, group in groups.items() if place[:3] in floating}
+    return devices
+
+
+# The columns of decode's tables, in order: weights, how, the column's name.
+DECODE_WAYS = (
+    ("fp16", "eager", "FP16 eager"),
+    ("fp16", "captured", "FP16 captured"),
+    ("fp16", "compiled", "FP16 compiled"),
+    ("fp32", "eager", "FP32"),
+    ("bf16", "eager", "BF16"),
+    ("int4", "eager", "int4"),
+    ("int4", "captured", "int4 captured"),
+    ("int4", "fused", "int4 fused"),
+    ("int4", "persistent", "int4 persistent"),
+)
+
+
+def fastest(group: Group, int4: bool) -> dict[str, Any]:
+    """The fastest measurement of a group with int4 weights, or with others."""
+    rows = [row for (weights, _), row in group.items() if (weights == "int4") == int4]
+    return max(rows, key=lambda row: row["tokens_per_second"])
+
+
+def decode_columns(groups: dict[tuple[Any, ...], Group]) -> list[tuple[str, str, str]]:
+    """Those of DECODE_WAYS that have been measured."""
+    return [column for column in DECODE_WAYS if any(column[:2] in group for group in groups.values())]
+
+
+def decode_rates(group: Group, columns: list[tuple[str, str, str]]) -> list[str]:
+    """The cells of a group: tokens a second each way, and how many times as fast int4's best is as the others'."""
+    rates = [f"{group[w, how]['tokens_per_second']:,.0f}" if (w, how) in group else "-" for w, how, _ in columns]
+    times = fastest(group, int4=True)["tokens_per_second"] / fastest(group, int4=False)["tokens_per_second"]
+    return [*rates, f"{times:.2f}x"]
+
+
+def decode(on_cpu: bool = False) -> str:
+    """Tokens a second when writing: a table for each GPU, a line for each model, batch and context."""
+    floating = "floating point" if on_cpu else "FP16"
+    note = (
+        f"Tokens a second, of all sequences together; how many times as fast int4 at its fastest is as {floating} at "
+        "its fastest; and the shares of their rooflines, the rate at which a plain copy would move weights and cache."
+    )
+
+    def table(groups: dict[tuple[Any, ...], Group]) -> str:
+        """The table of a GPU."""
+        columns = decode_columns(groups)
+        cells = [
+            [
+                model,
+                str(batch),
+                str(context),
+                embedding,
+                *decode_rates(group, columns),
+                " / ".join(f"{100 * fastest(group, int4)['share_of_roofline']:.0f}%" for int4 in (False, True)),
+            ]
+            for (model, batch, context, embedding, _), group in groups.items()
+        ]
+        names = [*(name for *_, name in columns), f"x {floating}", f"roofline, {floating} / int4"]
+        first = fastest(next(iter(groups.values())), int4=True)
+        return markdown(["model", "batch", "context", "embedding", *names], cells) + f"\n\n{note} {provenance(first)}"
+
+    return "\n\n".join(table(groups) for groups in decode_groups("decode", on_cpu).values())
+
+
+def prefill(on_cpu: bool = False) -> str:
+    """Tokens a second when reading, with the loss of each: a table for each GPU, a line for each model."""
+
+    def table(groups: dict[tuple[Any, ...], Group]) -> str:
+        """The table of a GPU."""
+        columns = decode_columns(groups)
+        cells = [
+            [model, f"{batch} x {context}", embedding, *decode_rates(group, columns)]
+            for (model, batch, context, embedding, _), group in groups.items()
+        ]
+        names = [*(name.removesuffix(" eager") for *_, name in columns), "int4 / floating point"]
+        note = "Tokens a second, with the loss of every token."
+        first = fastest(next(iter(groups.values())), int4=True)
+        return markdown(["model", "tokens", "embedding", *names], cells) + f"\n\n{note} {provenance(first)}"
+
+    return "\n\n".join(table(groups) for groups in decode_groups("prefill", on_cpu).values())
+
+
+def decode_bytes() -> str:
+    """Bytes in memory of each model's weights, and of its int4 ones relative to FP16's, by embedding."""
+    rows = [row for row in read("decode") if not row["gpu"].startswith("cpu")]
+    fp16 = {row["model"]: row["weight_bytes"] for row in rows if row["weights"] == "fp16"}
+    int4 = {(row["model"], row["embedding"]): row for row in rows if row["weights"] == "int4"}
+    embeddings = [name for name in ("fp16", "int8", "int4") if any(embedding == name for _, embedding in int4)]
+
+    def cell(model: str, embedding: str) -> str:
+        """An int4 model's bytes."""
+        if (model, embedding) not in int4:
+            return "-"
+        row = int4[model, embedding]
+        return f"{row['weight_bytes'] / 1e6:,.1f} MB ({row['weight_bytes'] / fp16[model]:.3f}x)"
+
+    cells = [[model, f"{fp16[model] / 1e6:,.1f} MB", *(cell(model, name) for name in embeddings)] for model in fp16]
+    note = "All weights in GPU memory: codes, scales, zeros, embeddings, norms and biases (and times FP16's)."
+    return markdown(["model", "FP16", *(f"int4, embedding {name}" for name in embeddings)], cells) + f"\n\n{note}"
+
+
 def source(rows: list[dict[str, Any]]) -> str:
     """Of what shape, where and how measurements were taken."""
     return f"{rows[0]['n']} x {rows[0]['k']}, {provenance(rows[0])}"
@@ -259,6 +384,9 @@ def provenance(row: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
+    "decode": decode,
+    "decode-bytes": decode_bytes,
+    "decode-cpu": lambda: decode(on_cpu=True),
     "demo-cpu": lambda: evaluation("eval_demo_cpu"),
     "demo-h200": lambda: evaluation("eval_demo_h200"),
     "demo-baselines": baselines,
@@ -267,6 +395,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ladder": ladder,
     "matmul": matmul,
     "matmul-gpt2": matmul_gpt2,
+    "prefill": prefill,
+    "prefill-cpu": lambda: prefill(on_cpu=True),
     "quantization": quantization,
 }
 
