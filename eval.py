@@ -22,13 +22,13 @@ from typing import Any
 import torch
 
 from minigpt import checkpoint, data, evaluate
-from minigpt.bench import fused
 from minigpt.decode import How, StepLogits
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
 from minigpt.errors import UserError, run_script
 from minigpt.files import check_file, write_json
 from minigpt.model import GPT
 from minigpt.quantization.convert import bits_per_weight
+from minigpt.quantization.fused_decode import fused_step
 from minigpt.quantization.linear import Int4Linear, describe_path
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import encode, tokenizer_for
@@ -104,7 +104,7 @@ def decode_way(model: GPT, weights: str, args: argparse.Namespace) -> tuple[How,
     """The fastest way to decode: int4 by fused kernels where they serve it, FP16 compiled if that is asked for."""
     if weights == "fp16":
         return ("compiled" if args.compile else "captured"), None
-    return "captured", fused(model, batch_size=1)
+    return "captured", fused_step(model, batch_size=1)
 
 
 def measure(

@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="'kernels.k00_reference' found in sys.
 
 from kernels.cpu import CPUWeight, prepare_for_cpu  # noqa: E402
 from kernels.front_door import dequantize, matmul, matmul_int8, quantize  # noqa: E402
-from kernels.fused import add_matmul, attend, can_fuse, embed, normed_matmul, score  # noqa: E402
+from kernels.fused import add_matmul, attend, best_tokens, can_fuse, embed, normed_matmul, score  # noqa: E402
 from kernels.int8 import Int8Weight, dequantize_int8, quantize_int8  # noqa: E402
 from kernels.k00_reference import (  # noqa: E402
     QuantizedWeight,
@@ -34,27 +34,28 @@ from kernels.prepared import PreparedWeight, prepare, restore  # noqa: E402
 from kernels.stream import FoldedNorm, Parts, Stream, fold_norm  # noqa: E402
 
 __all__ = [
-    "FoldedNorm",
-    "Parts",
     "CPUWeight",
+    "FoldedNorm",
     "Int8Weight",
+    "Parts",
     "PreparedWeight",
     "QuantizedWeight",
     "Stream",
     "add_matmul",
     "attend",
+    "best_tokens",
     "can_fuse",
-    "dequantize",
-    "embed",
-    "fold_norm",
-    "dequantize_int8",
     "choose_scales",
+    "dequantize",
+    "dequantize_int8",
+    "embed",
     "encode",
+    "fold_norm",
     "group_sizes",
     "lookup",
     "matmul",
-    "normed_matmul",
     "matmul_int8",
+    "normed_matmul",
     "pack",
     "pack_weight",
     "prepare",

@@ -40,6 +40,8 @@ class Rule(NamedTuple):
         least_work: M * N * K is at least this.
         group_unit: the group size is a multiple of this.
         lesson: the module whose `matmul` it is.
+        most_rows: N is at most this.
+        most_columns: K is at most this.
     """
 
     gpu: str
@@ -48,12 +50,17 @@ class Rule(NamedTuple):
     least_work: int
     group_unit: int
     lesson: str
+    most_rows: int = ANY_NUMBER
+    most_columns: int = ANY_NUMBER
 
 
 # The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json): up to some 80 tokens
 # lesson 9 is ahead of lesson 12, and above that where there is too little work for lesson 12's large tiles to fill the
 # machine. Those for any GPU take what asks least of it.
 RULES = (
+    Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=4096),
+    Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=8192, most_rows=4096),
+    Rule("sm_90", 16, 16, 0, 64, "k17_few_tokens", most_columns=4096, most_rows=5120),
     Rule(ANY_GPU, 16, 1, 0, 16, "k10_gemv"),
     Rule("sm_90", 16, 80, 0, 16, "k09_split_k"),
     Rule("sm_90", 16, ANY_NUMBER, 3 * 2**29, 64, "k12_hopper"),
@@ -79,6 +86,8 @@ def choose_lesson(gpu: str, activation_bits: int, m: int, n: int, k: int, group_
         and m <= rule.most_tokens
         and m * n * k >= rule.least_work
         and group_size % rule.group_unit == 0
+        and n <= rule.most_rows
+        and k <= rule.most_columns
     )
 
 

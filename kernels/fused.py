@@ -2,7 +2,9 @@
 
 A step of a transformer on a few tokens, its residual stream kept in `Stream`:
 
-    embed -> for each block: normed_matmul (q, k, v) -> attend -> add_matmul -> normed_matmul (GELU) -> add_matmul -> score
+    embed
+    for each block: normed_matmul (query, key, value) -> attend -> add_matmul -> normed_matmul (GELU) -> add_matmul
+    score
 """
 
 import importlib
@@ -15,8 +17,6 @@ from kernels.front_door import HAS_TRITON
 from kernels.int8 import Int8Weight
 from kernels.prepared import BLOCK, PreparedWeight
 from kernels.stream import FoldedNorm, Parts, Stream, attend_reference, gelu_reference, values
-
-MOST_TOKENS = 8  # what a tensor-core instruction multiplies at once
 
 
 def can_fuse(weight: PreparedWeight, dtype: torch.dtype) -> bool:
@@ -78,6 +78,13 @@ def score(stream: Stream, wte: Tensor | Int8Weight | PreparedWeight, norm: Folde
     if isinstance(wte, Int8Weight) and stream.residual.is_cuda:
         return _lesson("k20_step_ends").score(stream, wte, norm, eps)
     return _normed_product(stream, values(wte), norm, eps).to(torch.float16)
+
+
+def best_tokens(stream: Stream, wte: Tensor | Int8Weight | PreparedWeight, norm: FoldedNorm, eps: float) -> Tensor:
+    """The tokens with the best logits: -> int64 [M, 1]. Arguments as in `score`."""
+    if isinstance(wte, Int8Weight) and stream.residual.is_cuda:
+        return _lesson("k20_step_ends").score_and_pick(stream, wte, norm, eps)[1]
+    return score(stream, wte, norm, eps).argmax(-1, keepdim=True)
 
 
 def _lesson(name: str) -> Any:  # noqa: ANN401

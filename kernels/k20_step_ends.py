@@ -118,7 +118,6 @@ def output_kernel(
     index_ptr,  # int32 [programs, M], and whose it is
     M,
     N,
-    N_BEST,  # only rows below this can be best
     K,
     blocks,
     eps,
@@ -181,7 +180,7 @@ def output_kernel(
     out = out.to(gl.float16)
     gl.store(out_ptr + (offs_m * N)[None, :] + offs_n[:, None], out, mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
     # NEW: the best of these 16. Of equals the first, as torch.argmax on a CPU does.
-    scores = gl.where((offs_n < N_BEST)[:, None], out.to(gl.float32), float("-inf"))
+    scores = gl.where((offs_n < N)[:, None], out.to(gl.float32), float("-inf"))
     best = gl.max(scores, 0)  # [8]
     index = gl.min(gl.where(scores == best[None, :], offs_n[:, None], 2147483647), 0)
     gl.store(best_ptr + tile * M + offs_m, best, mask=offs_m < M)
@@ -248,32 +247,34 @@ def embed(
 
 
 def score(stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float) -> Tensor:
-    """The last LayerNorm, and the output layer."""
-    return score_and_pick(stream, wte, norm, eps, wte.out_features)[0]
-
-
-def score_and_pick(
-    stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float, n_best: int
-) -> tuple[Tensor, Tensor]:
-    """The last LayerNorm, the output layer, and the best token.
+    """The last LayerNorm and the output layer: -> logits, float16 [M, V].
 
     Args:
         stream: of M tokens, at most 8, and K columns.
         wte: of [V, K]; K a multiple of 64.
         norm: made for `wte` by `fold_norm`.
         eps: the LayerNorm's.
-        n_best: the best token is chosen from tokens 0..n_best-1.
-
-    Returns:
-        the logits, float16 [M, V], and the best tokens, int64 [M, 1].
     """
+    return _launch(stream, wte, norm, eps)[0]
+
+
+def score_and_pick(stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float) -> tuple[Tensor, Tensor]:
+    """The same, and the tokens with the best logits: -> float16 [M, V], int64 [M, 1]."""
+    out, best, index = _launch(stream, wte, norm, eps)
+    programs, m = best.shape
+    tokens = torch.empty((m, 1), dtype=torch.int64, device=out.device)
+    block = triton.next_power_of_2(programs)
+    pick_kernel[(m,)](best, index, tokens, programs, m, BLOCK=block, num_warps=8, **common.early_launch())
+    return out, tokens
+
+
+def _launch(stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     m, k = stream.residual.shape
     n, device = wte.out_features, stream.residual.device
     programs = triton.cdiv(n, TILE_ROWS)
     out = torch.empty((m, n), dtype=torch.float16, device=device)
     best = torch.empty((programs, m), device=device)
     index = torch.empty((programs, m), dtype=torch.int32, device=device)
-    tokens = torch.empty((m, 1), dtype=torch.int64, device=device)
     output_kernel[(programs,)](
         stream.scaled,
         wte.codes,
@@ -286,7 +287,6 @@ def score_and_pick(
         index,
         m,
         n,
-        n_best,
         k,
         k // BLOCK,
         eps,
@@ -296,9 +296,7 @@ def score_and_pick(
         num_warps=2,
         **common.early_launch(),
     )
-    block = triton.next_power_of_2(programs)
-    pick_kernel[(m,)](best, index, tokens, programs, m, BLOCK=block, num_warps=8, **common.early_launch())
-    return out, tokens
+    return out, best, index
 
 
 def check() -> Iterator[common.Check]:
@@ -313,13 +311,11 @@ def check() -> Iterator[common.Check]:
         w = dequantize_int8(wte, torch.float32)
         stream = Stream.zeros(m, k, common.DEVICE)
         stream.write(common.random_tensor(m, k, seed=4), gamma)
-        logits, tokens = score_and_pick(stream, wte, fold_norm(w, gamma, beta), 1e-5, n - 5)
-        normed = torch.nn.functional.layer_norm(
-            stream.residual.double(), (k,), gamma.double(), beta.double(), 1e-5
-        )
+        logits, tokens = score_and_pick(stream, wte, fold_norm(w, gamma, beta), 1e-5)
+        normed = torch.nn.functional.layer_norm(stream.residual.double(), (k,), gamma.double(), beta.double(), 1e-5)
         error = common.relative_error(logits, normed @ w.double().t())
         yield f"{m} x {n} x {k}, relative error {error:.1e}", error < common.tolerance(torch.float16)
-        yield "and the best tokens", torch.equal(tokens, logits[:, : n - 5].argmax(1, keepdim=True))
+        yield "and the best tokens", torch.equal(tokens, logits.argmax(1, keepdim=True))
 
 
 def _check_embed() -> Iterator[common.Check]:

@@ -62,7 +62,9 @@ class FoldedNorm(NamedTuple):
     bias: Tensor
 
 
-def fold_norm(weight: Tensor | Int8Weight | PreparedWeight, gamma: Tensor, beta: Tensor, bias: Tensor | None = None) -> FoldedNorm:
+def fold_norm(
+    weight: Tensor | Int8Weight | PreparedWeight, gamma: Tensor, beta: Tensor, bias: Tensor | None = None
+) -> FoldedNorm:
     """Takes a LayerNorm's weight and bias, floating [K], into the linear layer behind it, w [N, K] and bias [N]."""
     w = values(weight)
     bias = torch.zeros(len(w), device=w.device) if bias is None else bias

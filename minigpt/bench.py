@@ -19,7 +19,6 @@ cache.
 import argparse
 import datetime
 import gc
-import importlib
 import platform
 import shlex
 import sys
@@ -35,22 +34,22 @@ from tqdm import tqdm
 
 from minigpt import bench_plots, checkpoint, evaluate
 from minigpt.config import PRESETS, GPTConfig
-from minigpt.decode import COMPILER_TUNING, DecodeStep, How, StepLogits, compiled_logits, model_logits
+from minigpt.decode import COMPILER_TUNING, DecodeStep, How, StepLogits, compiled_logits, greedy_way, model_logits
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
 from minigpt.errors import UserError, run_script
 from minigpt.files import Row, check_file, merge, read_rows, write_json
 from minigpt.model import GPT, KVCache
 from minigpt.quantization.convert import check_fits, quantize_model
+from minigpt.quantization.embedding import CHOICES, quantize_embedding
+from minigpt.quantization.fused_decode import fused_step
 from minigpt.quantization.linear import Int4Linear
 from minigpt.quantization.rtn import METHODS
-from minigpt.sampling import GREEDY
 from minigpt.step_profile import format_profile, profile_step
 from minigpt.table import format_bytes, format_table
 
 GPT2 = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 CONTEXTS = (128, 512, 1024)
 GROUP_SIZES = (128, 64, 32, 16)  # the first that fits the model is the default
-EMBEDDINGS = ("int8", "int4", "fp16") if find_spec("minigpt.quantization.embedding") else ("fp16",)
 
 SECONDS = 0.3  # a measurement takes about as long, and the first call before it
 LAST_POSITIONS = 16  # of the context, where decoding is timed
@@ -129,9 +128,7 @@ def make_subject(name: str, dtype: torch.dtype, device: str, labels: Row) -> Sub
     if labels["weights"] == "int4":
         for _ in quantize_model(model, METHODS["absmax"], labels["group_size"]):
             pass
-        if labels["embedding"] != "fp16":
-            embedding = importlib.import_module("minigpt.quantization.embedding")
-            embedding.quantize_embedding(model, labels["embedding"], labels["group_size"])
+        quantize_embedding(model, labels["embedding"], labels["group_size"])
     random = {"random_weights": is_random(name), "arithmetic": str(dtype).removeprefix("torch.")}
     return Subject(model, {"model": name, **labels, **random, "weight_bytes": weight_bytes(model)})
 
@@ -171,18 +168,10 @@ def random_cache(model: GPT, batch_size: int, length: int) -> KVCache:
     return cache
 
 
-def fused(model: GPT, batch_size: int) -> StepLogits | None:
-    """The step made of kernels for decoding, or None where it cannot serve."""
-    if not find_spec("minigpt.quantization.fused_decode"):
-        return None
-    step: StepLogits | None = importlib.import_module("minigpt.quantization.fused_decode").fused_step(model, batch_size)
-    return step
-
-
 def step_for(how: str, model: GPT, batch_size: int, tuning: Sequence[str]) -> StepLogits | None:
     """The computation of a step; None if it is not possible for this model and batch."""
     if how == "fused":
-        return fused(model, batch_size)
+        return fused_step(model, batch_size)
     plain = model_logits(model)
     return compiled_logits(plain, tuning) if how == "compiled" else plain
 
@@ -216,7 +205,7 @@ def time_decode(step_logits: StepLogits, model: GPT, batch_size: int, context: i
     positions = torch.full((batch_size, 1), context - 1, device=device)
     check_step(step_logits, model, tokens, positions, cache)
     launched: How = "eager" if how == "eager" else "captured"
-    step = DecodeStep(step_logits, GREEDY.choose, cache, tokens, positions, launched)
+    step = DecodeStep(*greedy_way(step_logits), cache, tokens, positions, launched)
     return evaluate.step_rate(step, max(0, context - LAST_POSITIONS), context, SECONDS)
 
 
@@ -412,9 +401,9 @@ def parse_args() -> argparse.Namespace:
         command.add_argument(
             "--embedding",
             nargs="+",
-            choices=EMBEDDINGS,
-            default=EMBEDDINGS[:1],
-            help=f"of int4 models (default: {EMBEDDINGS[0]})",
+            choices=CHOICES,
+            default=CHOICES[:1],
+            help=f"of int4 models (default: {CHOICES[0]})",
         )
         command.add_argument(
             "--json", type=Path, default=Path(f"results/{name}.json"), metavar="FILE", help="(default: %(default)s)"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minigpt.model import GPT, KVCache
+from minigpt.sampling import GREEDY
 
 # tokens [B, 1] and their positions [B, 1], int64, and the cache, which they are added to -> logits of the next [B, V]
 StepLogits = Callable[[Tensor, Tensor, KVCache], Tensor]
@@ -56,6 +57,16 @@ def compiled_logits(step_logits: StepLogits, tuning: Sequence[str] = COMPILER_TU
             return compiled(tokens, positions, cache)
 
     return compiled_step
+
+
+def greedy_way(step_logits: StepLogits) -> tuple[StepLogits, Callable[[Tensor], Tensor]]:
+    """The fastest way to the likeliest tokens, as the first two arguments of `DecodeStep`.
+
+    A step may have a method `greedy`, which gives the tokens themselves, int64 [B, 1]; else they are looked for among
+    its logits.
+    """
+    greedy: StepLogits | None = getattr(step_logits, "greedy", None)
+    return (greedy, lambda tokens: tokens) if greedy else (step_logits, GREEDY.choose)
 
 
 def read_prompts(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> tuple[Tensor, KVCache]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt.decode import DecodeStep, How, StepLogits, model_logits, read_prompts
+from minigpt.decode import DecodeStep, How, StepLogits, greedy_way, model_logits, read_prompts
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.sampling import GREEDY
@@ -168,21 +168,6 @@ def scoring_rate(model: GPT, tokens: Tensor, length: int, batch_size: int, secon
 
 
 @torch.inference_mode()
-def scoring_rate(model: GPT, tokens: Tensor, length: int, batch_size: int, seconds: float = 3.0) -> float:
-    """Tokens a second when scoring a text, as `perplexity` does: `batch_size` windows of `length` tokens at once.
-
-    Args:
-        model: in evaluation mode.
-        tokens: int64 [N] with N >= length, on the model's device; a text with fewer windows is repeated.
-        length: tokens in a window, at least 2.
-        seconds: how long to measure, about.
-    """
-    batch = tokens[torch.arange(batch_size * length, device=tokens.device) % len(tokens)]  # [batch_size * length]
-    times = _repeat(lambda: perplexity(model, batch, length, length, batch_size), tokens.device, seconds)
-    return len(batch) / statistics.median(times)
-
-
-@torch.inference_mode()
 def prefill_rate(model: GPT, tokens: Tensor, length: int, seconds: float = 3.0, batch_size: int = 1) -> float:
     """Tokens a second when reading a prompt: `length` tokens at once, output layer for the last one only.
 
@@ -225,7 +210,7 @@ def decode_rate(
     logits, cache = read_prompts(model, prompts, max_new_tokens)
     positions = torch.full((batch_size, 1), prompt_length, device=tokens.device)
     step_logits = step_logits or model_logits(model)
-    step = DecodeStep(step_logits, GREEDY.choose, cache, GREEDY.choose(logits), positions, how)
+    step = DecodeStep(*greedy_way(step_logits), cache, GREEDY.choose(logits), positions, how)
     return step_rate(step, prompt_length, prompt_length + max_new_tokens, seconds)
 
 

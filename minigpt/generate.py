@@ -24,6 +24,7 @@ from minigpt.decode import DecodeStep, How, StepLogits, model_logits, read_behin
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device
 from minigpt.errors import UserError, run_script
 from minigpt.model import GPT
+from minigpt.quantization.fused_decode import fused_step
 from minigpt.sampling import GREEDY, Sampling
 from minigpt.tokenizer import encode, tokenizer_for
 
@@ -267,7 +268,16 @@ def main() -> None:
         tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), model.config.vocab_size)
         prompts = [encode(tokenizer, prompt) or [first_token(tokenizer)] for prompt in args.prompts]
         stop_token = tokenizer.eot_token if END_OF_TEXT in tokenizer.special_tokens_set else None
-        steps = generate(model, prompts, args.max_new_tokens, sampling, args.seed, stop_token, tokenizer.n_vocab)
+        steps = generate(
+            model,
+            prompts,
+            args.max_new_tokens,
+            sampling,
+            args.seed,
+            stop_token,
+            tokenizer.n_vocab,
+            step_logits=fused_step(model, len(prompts)),
+        )
         streams = [TextStream(tokenizer, args.stop) for _ in prompts]
         rate = show(steps, args.prompts, streams)
     except torch.OutOfMemoryError:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels import Int8Weight, QuantizedWeight
+from kernels import Int8Weight, PreparedWeight, QuantizedWeight
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization.convert import WHOLE_ROW, LayerReport, layer_group_size
@@ -174,3 +174,9 @@ def install_empty_embedding(model: GPT, tensors: dict[str, Tensor], settings: di
         else:
             weight = empty_weight(rows, columns, settings.get("group_size", WHOLE_ROW))
             install(model, Int4Embedding(weight, dtype))
+
+
+def embedding_weight(model: GPT) -> Tensor | Int8Weight | QuantizedWeight | PreparedWeight:
+    """The token embedding [vocab_size, n_embd] as it is stored."""
+    wte = model.wte
+    return wte.held if isinstance(wte, Int4Embedding) else wte.weight

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import kernels
 from kernels import FoldedNorm, Parts, PreparedWeight, Stream
 from minigpt.model import GPT, Block, KVCache
+from minigpt.quantization.embedding import embedding_weight
 from minigpt.quantization.linear import Int4Linear
 
 MOST_SEQUENCES = 8
@@ -33,8 +34,9 @@ class FusedStep:
 
     def __init__(self, model: GPT) -> None:
         self.config = model.config
+        self.eps = model.config.layer_norm_epsilon
         self.wpe = model.wpe.weight
-        self.wte = _embedding(model)
+        self.wte = embedding_weight(model)
         self.blocks = [FusedBlock(block) for block in model.h]
         # The weight of the norm that reads the stream after each addition to it, in order.
         self.gammas = [norm.weight for block in model.h for norm in (block.ln_1, block.ln_2)] + [model.ln_f.weight]
@@ -44,16 +46,23 @@ class FusedStep:
 
     def __call__(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """tokens, positions: int64 [B, 1]; -> logits of the next tokens, float16 [B, V]."""
+        return kernels.score(self._stream(tokens, positions, cache), self.wte, self.norm_f, self.eps)
+
+    def greedy(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """The same, but -> the likeliest next tokens, int64 [B, 1]."""
+        return kernels.best_tokens(self._stream(tokens, positions, cache), self.wte, self.norm_f, self.eps)
+
+    def _stream(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Stream:
+        """The residual stream behind the last block."""
         stream, parts = self._buffers(len(tokens), cache)
-        eps = self.config.layer_norm_epsilon
         kernels.embed(tokens, positions, self.wte, self.wpe, self.gammas[0], stream)
         for layer, block in enumerate(self.blocks):
-            qkv = kernels.normed_matmul(stream, block.c_attn, block.norm_1, eps)  # [B, 3C]
+            qkv = kernels.normed_matmul(stream, block.c_attn, block.norm_1, self.eps)  # [B, 3C]
             y = kernels.attend(qkv, cache.k[layer], cache.v[layer], positions, parts)  # [B, C]
             kernels.add_matmul(y, block.attn_proj, block.attn_bias, stream, self.gammas[2 * layer + 1])
-            hidden = kernels.normed_matmul(stream, block.c_fc, block.norm_2, eps, gelu=True)  # [B, 4C]
+            hidden = kernels.normed_matmul(stream, block.c_fc, block.norm_2, self.eps, gelu=True)  # [B, 4C]
             kernels.add_matmul(hidden, block.mlp_proj, block.mlp_bias, stream, self.gammas[2 * layer + 2])
-        return kernels.score(stream, self.wte, self.norm_f, eps)
+        return stream
 
     def _buffers(self, batch_size: int, cache: KVCache) -> tuple[Stream, Parts]:
         device, c = cache.k[0].device, self.config
@@ -91,8 +100,3 @@ def _held(layer: nn.Module) -> PreparedWeight:
 def _folded(norm: nn.LayerNorm, layer: nn.Module) -> tuple[PreparedWeight, FoldedNorm]:
     weight = _held(layer)
     return weight, kernels.fold_norm(weight, norm.weight, norm.bias, layer.bias)
-
-
-def _embedding(model: GPT) -> Tensor:
-    """The token embedding as it is stored."""
-    return model.wte.weight
