@@ -21,6 +21,13 @@ What is adjusted, and how a whole number can be learned at all:
     biases and LayerNorms, as they are.
 
 The zeros, the embeddings and the format stay untouched: what comes out is a plain int4 checkpoint.
+
+Measured on the demo model with 150 steps of 4 windows of 128 tokens (a minute on one CPU core), KL divergence on a
+quarter of its test text: at groups of 128 absmax 0.0222 -> 0.0173, mse 0.0200 -> 0.0149, GPTQ 0.0106 -> 0.0095; GPTQ at
+64 0.0092 -> 0.0080, at 32 0.0073 -> 0.0063. So start from GPTQ. On text like that tuned on (the windows held back) twice
+as much is gained: the wider the text, the better. Of the gain most is the scales'; the step sizes of scales and offsets
+hardly matter (a third of them gives the same). Those of codes do: with positions that start at the edge, or that move
+0.01 a step, noise changes so many codes that GPTQ's work is undone. Positions for the zeros moved none of them.
 """
 
 import contextlib
