@@ -34,7 +34,7 @@ def can_fuse(weight: object, dtype: torch.dtype, tokens: int) -> bool:
         and weight.group_size % BLOCK == 0
         and weight.in_features <= MOST_COLUMNS
         and _lesson("common").has_mma(device)
-        and needed <= torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        and needed <= _lesson("common").shared_memory(device)
     )
 
 
