@@ -67,6 +67,7 @@ def test_quantize_then_eval_the_demo(tmp_path, short_text):
     assert "wte" in output
     table = must_work(run(tmp_path, "eval.py", "demo", "--dataset", short_text, "--json", "out.json"))
     assert "int4 path: " in table and "perplexity" in table and "windows of 512, stride 512" in table
+    assert all(len(line) <= 120 for line in table.split("\n\n")[1].splitlines())  # the table fits a terminal
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     fp16, int4 = content["rows"]
     for row in (fp16, int4):
