@@ -284,9 +284,23 @@ def accuracy_of(rows: list[dict[str, Any]]) -> str:
     note = (
         f"Rise of perplexity over FP16's {first['fp16_perplexity']:.2f} (and KL divergence from FP16, in nats a token) "
         f"for each group size: {first['model']} on {first['text']}, {first['tokens_scored']:,} tokens scored, windows "
-        f"of {first['context_length']}, stride {first['stride']}. {provenance(first)}"
+        f"of {first['context_length']}, stride {first['stride']}.{calibration_of(rows)} {provenance(first)}"
     )
     return markdown(columns, cells) + f"\n\n{note}"
+
+
+def calibration_of(rows: list[dict[str, Any]]) -> str:
+    """What text the calibrated methods among `rows` looked at, and for how long they were tuned."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        if row["calibration"]:
+            text = f"{row['calibration_tokens']:,} tokens of {row['calibration']}'s training text"
+            texts.setdefault(text, []).append(row["method"])
+    said = "; ".join(f"{', '.join(dict.fromkeys(methods))} saw {text}" for text, methods in texts.items())
+    steps = sorted({row["tuning_steps"] for row in rows if row.get("tuning_steps")})
+    tuned = f"; tuned for {' or '.join(map(str, steps))} steps" if steps else ""
+    seeds = "; ± is half the range over seeds" if len({row["seed"] for row in rows} - {None}) > 1 else ""
+    return f" {said}{tuned}{seeds}." if said else ""
 
 
 Group = dict[tuple[str, str], dict[str, Any]]  # measurements that belong together, by (weights, how)
