@@ -354,7 +354,7 @@ def test_the_plot_of_decode(made_up):
     for panel, batch in zip(figure.axes, (1, 8), strict=True):
         lines = {line.get_label(): line.get_ydata().tolist() for line in panel.get_lines()}
         assert lines["int4, fused kernels"] == [4000 * batch, 400 * batch]
-        assert lines["FP16, compiled and captured"] == [1000 * batch, 100 * batch]
+        assert lines["FP16, captured, and compiled where faster"] == [1000 * batch, 100 * batch]
         assert lines["roofline of int4"] == [1e5, 1e5]
         assert [text.get_text() for text in panel.texts] == ["4.0x", "4.0x"]
         assert [label.get_text() for label in panel.get_xticklabels()] == ["small", "large"]
