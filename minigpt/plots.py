@@ -82,7 +82,7 @@ def draw_accuracy(rows: Sequence[Row]) -> "Figure":
         lower.set_ylabel("KL divergence from FP16, nats a token")
         lower.set_xlabel("bits a weight, scales and zeros included")
     lines = {line.get_label(): line for panel in axes.flat for line in panel.get_lines()}
-    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=4 * len(panels), frameon=False)
     return figure
 
 

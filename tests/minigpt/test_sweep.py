@@ -95,6 +95,7 @@ def test_methods_that_look_at_text(folder, run, monkeypatch):
         ("mse", None, None, None),
         *((method, seed, 256, steps) for method, steps in (("gptq", None), ("awq+mse+tune", 2)) for seed in (5, 6)),
     ]
+    assert [row["tuning_tokens"] for row in rows] == [None] * 3 + [2 * BATCH_SIZE * 32] * 2
     assert len({row["kl"] for row in rows}) == 5 and len({row["bits_per_weight"] for row in rows}) == 1
     assert [name for name, _ in seen] == ["awq", "tune"] * 2
     assert torch.equal(seen[0][1], seen[1][1][:8]) and not torch.equal(seen[0][1], seen[2][1])
