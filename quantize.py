@@ -4,7 +4,7 @@
     python quantize.py demo                 the model that ships with this project; no network needed
     python quantize.py demo --method absmax --group-size 128 --output my-int4
     python quantize.py gpt2 --method gptq --calibration my_text.txt     codes chosen by what the layers are fed
-    python quantize.py demo --method tune                               and tuned: the least loss, but hours on a CPU
+    python quantize.py gpt2 --method tune                               and tuned: the least loss; wants a GPU
 
 The blocks' linear layers become int4; the token embedding, which is the output layer as well, becomes int8, or what
 --embedding says; the rest becomes fp16. It runs on a GPU if there is one, and gives the same codes elsewhere, but for

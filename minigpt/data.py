@@ -22,7 +22,7 @@ WIKITEXT_TEST_TITLE = " = Robert Boulter = \n"  # begins the test split, of Wiki
 # Raffel et al. 2019, "Exploring the Limits of Transfer Learning": cleaned pages of the web. Pinned, as WikiText is.
 C4 = "allenai/c4:en"
 C4_REVISION = "607bd4c8450a42878aa9ddc051a65a055450ef87"
-HUB_DOCUMENTS = 5000  # how much of a dataset is read; of C4, some two million tokens
+HUB_DOCUMENTS = 8000  # how much of a dataset is read; of C4, some three million tokens, enough to tune on
 
 # The demo's text is on every machine that runs it: the sources of Python's standard library, docstrings and all, and
 # the language reference that `help()` shows. These modules are kept from training, whole, with their private twins

@@ -1,4 +1,4 @@
-"""Draws what `python -m minigpt.sweep` measured: perplexity against bits a weight. Needs matplotlib.
+"""Draws what `python -m minigpt.sweep` measured: perplexity and KL divergence against bits a weight. Needs matplotlib.
 
 python -m minigpt.plots [FILE]      results/accuracy.json -> results/accuracy.png
 """
@@ -46,20 +46,22 @@ def panel_of(row: Row) -> tuple[Any, ...]:
     return (row["model"], row["text"], row["context_length"], row["stride"], row["gpu"])
 
 
-def over_seeds(rows: Sequence[Row]) -> list[tuple[float, float, float, float]]:
-    """(bits a weight, mean, least and greatest perplexity over the seeds) for each group size of a method, in order."""
+def over_seeds(rows: Sequence[Row], measure: str) -> list[tuple[float, float, float, float]]:
+    """(bits a weight; mean, least and greatest value over the seeds) for each group size of a method, in order."""
     by_size: dict[Any, list[Row]] = {}
     for row in rows:
         by_size.setdefault(row["group_size"], []).append(row)
     points = []
     for same in by_size.values():
-        perplexities = [row["perplexity"] for row in same]
-        points.append((same[0]["bits_per_weight"], statistics.mean(perplexities), min(perplexities), max(perplexities)))
+        values = [row[measure] for row in same]
+        points.append((same[0]["bits_per_weight"], statistics.mean(values), min(values), max(values)))
     return sorted(points)
 
 
 def draw_accuracy(rows: Sequence[Row]) -> "Figure":
-    """Perplexity against bits a weight, a panel for each model and text: methods are curves, FP16 a line, peers points.
+    """A column for each model and text: perplexity above, KL divergence below, against bits a weight.
+
+    Methods are curves, FP16 is a line, peers are points.
 
     Args:
         rows: measurements as `minigpt.sweep` writes them. A bar spans the seeds of a method that depends on them.
@@ -68,22 +70,29 @@ def draw_accuracy(rows: Sequence[Row]) -> "Figure":
 
     panels = list(dict.fromkeys(panel_of(row) for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure = Figure(figsize=(max(7.5, 6.2 * len(panels)), 5.4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for panel, key in zip(axes, panels, strict=True):
-        draw_panel(panel, [row for row in rows if panel_of(row) == key], methods)
-    lines = {line.get_label(): line for panel in axes for line in panel.get_lines()}
-    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=6, frameon=False)
+    figure = Figure(figsize=(max(7.5, 6.2 * len(panels)), 9.6), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False, sharex="col")
+    for (upper, lower), key in zip(axes.T, panels, strict=True):
+        same = [row for row in rows if panel_of(row) == key]
+        draw_panel(upper, same, methods, "perplexity", same[0]["fp16_perplexity"])
+        draw_panel(lower, same, methods, "kl", 0.0)
+        add_percent(upper, same[0]["fp16_perplexity"])
+        upper.set_title(f"{same[0]['model']} on {same[0]['text']}, windows of {same[0]['context_length']}")
+        upper.set_ylabel("perplexity")
+        lower.set_ylabel("KL divergence from FP16, nats a token")
+        lower.set_xlabel("bits a weight, scales and zeros included")
+    lines = {line.get_label(): line for panel in axes.flat for line in panel.get_lines()}
+    figure.legend(list(lines.values()), list(lines), loc="outside upper center", ncols=4 * len(panels), frameon=False)
     return figure
 
 
-def draw_panel(panel: "Axes", rows: Sequence[Row], methods: Sequence[str]) -> None:
-    """A panel of `draw_accuracy`; `methods` gives each method of the figure its colour."""
-    fp16 = rows[0]["fp16_perplexity"]
+def draw_panel(panel: "Axes", rows: Sequence[Row], methods: Sequence[str], measure: str, fp16: float) -> None:
+    """A panel of `draw_accuracy`: `measure` of the rows, and FP16's; `methods` gives each method its colour."""
     ours = [method for method in methods if not method.startswith(PEER)]
     peers = [method for method in methods if method.startswith(PEER)]
     for method in dict.fromkeys(row["method"] for row in rows):
-        bits, means, least, greatest = zip(*over_seeds([row for row in rows if row["method"] == method]), strict=True)
+        of_method = [row for row in rows if row["method"] == method]
+        bits, means, least, greatest = zip(*over_seeds(of_method, measure), strict=True)
         if method in ours:
             colour, marker = STYLES[ours.index(method) % len(STYLES)]
             style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "-", "ms": 6, "lw": 1.8}
@@ -94,8 +103,11 @@ def draw_panel(panel: "Axes", rows: Sequence[Row], methods: Sequence[str]) -> No
         panel.plot(bits, means, label=label, **style)
         panel.vlines(bits, least, greatest, color=style["color"], linewidth=1.2)
     panel.axhline(fp16, color="black", linewidth=1.2, linestyle="--", label="FP16")
-    panel.set_xlabel("bits a weight, scales and zeros included")
-    panel.set_ylabel("perplexity")
+    panel.grid(alpha=0.3)
+
+
+def add_percent(panel: "Axes", fp16: float) -> None:
+    """Adds an axis on the right: how far perplexity is over FP16's."""
 
     def rise(perplexity: Any) -> Any:  # noqa: ANN401 (an array, or whatever matplotlib makes of it)
         """How much more than FP16's, in percent."""
@@ -108,8 +120,6 @@ def draw_panel(panel: "Axes", rows: Sequence[Row], methods: Sequence[str]) -> No
     percent = panel.secondary_yaxis("right", functions=(rise, perplexity_of))
     percent.set_ylabel("over FP16")
     percent.yaxis.set_major_formatter(lambda value, _: f"{value:+g}%" if value else "0%")
-    panel.set_title(f"{rows[0]['model']} on {rows[0]['text']}, windows of {rows[0]['context_length']}")
-    panel.grid(alpha=0.3)
 
 
 def main() -> None:

@@ -208,6 +208,7 @@ def main() -> None:
     for method, group_size, seed in tqdm(todo, desc="sweep", unit="model", file=sys.stderr):
         calibration = calibrations.get(seed)
         name = str(method) if isinstance(method, Recipe) else PEER + method
+        tuned = isinstance(method, Recipe) and method.tune
         model, bits, seconds = quantized(path, method, group_size, calibration, args.steps, args.device)
         result = score(model, name, reference)
         del model
@@ -228,7 +229,8 @@ def main() -> None:
             "quantize_seconds": round(seconds, 3),
             "calibration": short_name(args.calibration) if calibration else None,
             "calibration_tokens": calibration.tokens if calibration else None,
-            "tuning_steps": args.steps if isinstance(method, Recipe) and method.tune else None,
+            "tuning_steps": args.steps if tuned else None,
+            "tuning_tokens": calibration.tuning_windows.numel() if calibration and tuned else None,
             "gpu": describe_device(args.device) if args.device.startswith("cuda") else "cpu",
             **versions(),
             "peer_version": None if isinstance(method, Recipe) else PEERS[method].version,

@@ -297,8 +297,8 @@ def calibration_of(rows: list[dict[str, Any]]) -> str:
             text = f"{row['calibration_tokens']:,} tokens of {row['calibration']}'s training text"
             texts.setdefault(text, []).append(row["method"])
     said = "; ".join(f"{', '.join(dict.fromkeys(methods))} saw {text}" for text, methods in texts.items())
-    steps = sorted({row["tuning_steps"] for row in rows if row.get("tuning_steps")})
-    tuned = f"; tuned for {' or '.join(map(str, steps))} steps" if steps else ""
+    tunings = {(row["tuning_steps"], row["tuning_tokens"]) for row in rows if row["tuning_steps"]}
+    tuned = "".join(f"; tuned in {steps} steps on {tokens:,} tokens of it" for steps, tokens in sorted(tunings))
     seeds = "; ± is half the range over seeds" if len({row["seed"] for row in rows} - {None}) > 1 else ""
     return f" {said}{tuned}{seeds}." if said else ""
 

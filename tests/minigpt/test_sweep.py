@@ -95,6 +95,7 @@ def test_methods_that_look_at_text(folder, run, monkeypatch):
         ("mse", None, None, None),
         *((method, seed, 256, steps) for method, steps in (("gptq", None), ("awq+mse+tune", 2)) for seed in (5, 6)),
     ]
+    assert [row["tuning_tokens"] for row in rows] == [None] * 3 + [2 * BATCH_SIZE * 32] * 2
     assert len({row["kl"] for row in rows}) == 5 and len({row["bits_per_weight"] for row in rows}) == 1
     assert [name for name, _ in seen] == ["awq", "tune"] * 2
     assert torch.equal(seen[0][1], seen[1][1][:8]) and not torch.equal(seen[0][1], seen[2][1])
@@ -205,18 +206,19 @@ class TestPlot:
     def test_draws_every_measurement(self):
         """Curves go through the means over the seeds, in the order of bits; FP16 is a line, a peer has points."""
         common = {"model": "m", "text": "t", "context_length": 8, "stride": 8, "gpu": "g", "fp16_perplexity": 10.0}
-        measured = [("a", 4.5, 64, 0, 11.0), ("a", 4.5, 64, 1, 13.0), ("a", 4.2, 128, 0, 14.0)]
-        measured += [("peer:b", 4.25, 128, None, 12.5)]
-        names = ("method", "bits_per_weight", "group_size", "seed", "perplexity")
+        measured = [("a", 4.5, 64, 0, 11.0, 0.25), ("a", 4.5, 64, 1, 13.0, 0.75), ("a", 4.2, 128, 0, 14.0, 1.0)]
+        measured += [("peer:b", 4.25, 128, None, 12.5, 0.75)]
+        names = ("method", "bits_per_weight", "group_size", "seed", "perplexity", "kl")
         rows = [common | dict(zip(names, values, strict=True)) for values in measured]
         figure = plots.draw_accuracy([*rows, *(row | {"text": "u"} for row in rows)])
-        for panel in figure.axes:
+        assert len(figure.axes) == 4
+        expected = [([14.0, 12.0], 12.5, 10.0)] * 2 + [([1.0, 0.5], 0.75, 0.0)] * 2
+        for panel, (curve, point, fp16) in zip(figure.axes, expected, strict=True):
             lines = {line.get_label(): line for line in panel.get_lines()}
-            assert lines["a"].get_xydata().tolist() == [[4.2, 14.0], [4.5, 12.0]]
-            assert lines["b (peer)"].get_xydata().tolist() == [[4.25, 12.5]]
+            assert lines["a"].get_xdata().tolist() == [4.2, 4.5] and lines["a"].get_ydata().tolist() == curve
+            assert lines["b (peer)"].get_xydata().tolist() == [[4.25, point]]
             assert lines["b (peer)"].get_linestyle() == "None"
-            assert set(lines["FP16"].get_ydata()) == {10.0}
-        assert len(figure.axes) == 2
+            assert set(lines["FP16"].get_ydata()) == {fp16}
 
     def test_draws_the_committed_measurements(self, tmp_path):
         (tmp_path / "accuracy.json").write_bytes((ROOT / "results" / "accuracy.json").read_bytes())
