@@ -41,14 +41,17 @@ lesson: $(SETUP) ## check a lesson against the reference: make lesson K=04
 bench: $(SETUP) ## measure all lessons, and the matmul over shapes, on this machine's GPU, into results/
 	@for lesson in $(LESSONS); do \
 		$(BIN)/python -m kernels.$$lesson --bench --json results/$$lesson.json || left_out="$$left_out $$lesson"; done; \
-	[ -z "$$left_out" ] || echo "not measured:$$left_out (lessons 12 and 15 need a Hopper GPU)"
+	[ -z "$$left_out" ] || echo "not measured:$$left_out (lessons 12 and 15 need a Hopper GPU, 17, 18 and 20 sm_80)"
 	$(BIN)/python -m kernels.bench matmul --peers
 	$(BIN)/python -m kernels.bench matmul --shapes gpt2 --tokens 1 --group-sizes 128 64 --modes w4a16 \
 		--json results/matmul_gpt2.json
 	$(BIN)/python -m kernels.bench quantization
+	$(BIN)/python -m minigpt.bench decode
+	$(BIN)/python -m minigpt.bench profile
 
-plots: $(SETUP_DEV) ## draw results/matmul.png, results/quantization.png and results/accuracy.png
+plots: $(SETUP_DEV) ## draw the pictures in results/ anew
 	$(BIN)/python -m kernels.bench plots
+	$(BIN)/python -m minigpt.bench plots
 	$(BIN)/python -m minigpt.plots
 
 readme: $(SETUP) ## write the tables of README.md and kernels/README.md anew from results/

@@ -187,9 +187,9 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     p = protocol
     return (
         f"{p['model']} on {p['dataset']}: {p['tokens']:,} tokens, windows of {p['context_length']}, "
-        f"stride {p['stride']}; perplexity, KL (nats a token) and top-1 over the tokens scored\n"
-        f"scoring: batch {p['batch_size']}; prefill: {p['prefill_tokens']} tokens at once; decode: batch 1, greedy, "
-        f"KV cache, up to {p['decode_new_tokens']} tokens after {p['decode_prompt_tokens']}; medians\n"
+        f"stride {p['stride']}; bits a weight of the linear layers, KL in nats a token\n"
+        f"tokens/s: scoring, batch {p['batch_size']}; prefill, {p['prefill_tokens']} at once; decode, batch 1, greedy, "
+        f"KV cache, up to {p['decode_new_tokens']} after {p['decode_prompt_tokens']}; medians\n"
         f"{p['device']}, arithmetic in {p['arithmetic']}, torch {p['torch']}, Python {p['python']}"
     )
 
@@ -199,7 +199,7 @@ def format_rows(rows: list[Row]) -> str:
     first = rows[0]
     cells = [
         [
-            row.weights,
+            row.weights.removeprefix("int4 "),  # its path remains
             f"{row.bits_per_weight:.2f}",
             format_bytes(row.bytes),
             f"{row.perplexity:.3f}",
@@ -209,26 +209,20 @@ def format_rows(rows: list[Row]) -> str:
             f"{row.scoring_tokens_per_second:,.0f}",
             f"{row.prefill_tokens_per_second:,.0f}",
             f"{row.decode_tokens_per_second:,.1f}",
-            row.decode_how,
             "unknown" if row.peak_memory_bytes is None else format_bytes(row.peak_memory_bytes),
         ]
         for row in rows
     ]
-    columns = [
-        "weights",
-        "bits/weight",
-        "bytes",
-        "perplexity",
-        "change",
-        "KL",
-        "top-1",
-        "scoring tok/s",
-        "prefill tok/s",
-        "decode tok/s",
-        "how",
-        "peak memory",
-    ]
+    columns = ["weights", "bits", "bytes", "perplexity", "change", "KL", "top-1"]
+    columns += ["scoring", "prefill", "decode", "memory"]
     return format_table(columns, cells)
+
+
+def describe_how(rows: list[Row]) -> str:
+    """How tokens were decoded, and what multiplied int4 weights."""
+    ways = dict.fromkeys(f"{row.weights.split()[0]} {row.decode_how}" for row in rows)
+    paths = dict.fromkeys(row.int4_path for row in rows if row.int4_path)
+    return f"decode: {', '.join(ways)}; int4 path: {', '.join(paths)}"
 
 
 def main() -> None:
@@ -252,7 +246,7 @@ def main() -> None:
     print(describe_protocol(protocol) + "\n", flush=True)
     rows = [measure(each, path, tokens, protocol, args) for each in (path, *args.quantized)]
     print(format_rows(rows))
-    print("int4 path: " + ", ".join(dict.fromkeys(row.int4_path for row in rows if row.int4_path)))
+    print(describe_how(rows))
     if args.json:
         content = {"protocol": protocol, "rows": [dataclasses.asdict(row) for row in rows]}
         write_json(args.json, content)

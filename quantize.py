@@ -4,28 +4,37 @@
     python quantize.py demo                 the model that ships with this project; no network needed
     python quantize.py demo --method absmax --group-size 128 --output my-int4
     python quantize.py gpt2 --method gptq --calibration my_text.txt     codes chosen by what the layers are fed
+    python quantize.py demo --method tune                               and tuned: the least loss, but hours on a CPU
 
 The blocks' linear layers become int4; the token embedding, which is the output layer as well, becomes int8, or what
---embedding says; the rest becomes fp16. Quantizing runs through the Triton
-kernels of `kernels/` on a GPU and through plain torch elsewhere, and gives the same codes. `python eval.py` then says
-what it cost.
+--embedding says; the rest becomes fp16. It runs on a GPU if there is one, and gives the same codes elsewhere, but for
+methods that look at text, up to rounding. `python eval.py` then says what it cost.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from minigpt import checkpoint
 from minigpt.device import add_device_argument, check_device
 from minigpt.errors import UserError, run_script
+from minigpt.generate import seed as read_seed
 from minigpt.model import GPT
 from minigpt.quantization import gptq_format
-from minigpt.quantization.calibration import Calibration, load_calibration
-from minigpt.quantization.convert import LayerReport, block_linears, quantize_model, read_group_size
+from minigpt.quantization.calibration import Calibration
+from minigpt.quantization.convert import LayerReport, read_group_size
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
-from minigpt.quantization.methods import CALIBRATED, METHODS, SYMMETRIC
+from minigpt.quantization.recipe import (
+    KNOWN,
+    Recipe,
+    add_calibration_arguments,
+    check_calibration_arguments,
+    describe,
+    quantize,
+    read_calibration,
+    read_recipe,
+)
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import FILE_NAME, tokenizer_for
 
@@ -39,9 +48,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--method",
-        choices=METHODS,
-        default="mse",
-        help=f"how codes are chosen (default: mse); {calibrated()} from text",
+        type=read_recipe,
+        default=Recipe("mse"),
+        help=f"how codes are chosen (default: mse):\n{KNOWN}",
     )
     parser.add_argument(
         "--group-size",
@@ -57,28 +66,13 @@ def parse_args() -> argparse.Namespace:
         "which other tools can read (default: int8)",
     )
     parser.add_argument("--output", type=Path, help="checkpoint folder to write (default: checkpoints/MODEL-int4)")
-    parser.add_argument(
-        "--calibration",
-        metavar="TEXT",
-        help="text to calibrate on: c4, demo, OWNER/NAME[:CONFIG] on the hub, a text file or a folder\n"
-        "(default: c4; for demo: demo, what it was trained on)",
-    )
-    parser.add_argument(
-        "--calibration-tokens", type=int, default=65536, help="how much of it, in windows (default: 65536)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="which windows of it (default: 0)")
+    add_calibration_arguments(parser)
+    parser.add_argument("--seed", type=read_seed, default=0, help="which windows of it (default: 0)")
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
-    if args.calibration and args.method not in CALIBRATED:
-        raise UserError(f"--calibration is for --method {calibrated()}; {args.method} looks at the weights alone")
-    args.calibration = args.calibration or ("demo" if args.model == "demo" else "c4")
+    check_calibration_arguments(args, [args.method], args.method.calibrated)
     return args
-
-
-def calibrated() -> str:
-    """The methods that need text, as a list to read."""
-    return ", ".join(CALIBRATED)
 
 
 def summary(reports: list[LayerReport]) -> str:
@@ -107,14 +101,15 @@ def summary(reports: list[LayerReport]) -> str:
     return format_table(columns, rows)
 
 
-def read_calibration(args: argparse.Namespace, path: Path, model: GPT) -> Calibration:
+def calibration_of(args: argparse.Namespace, path: Path, model: GPT) -> Calibration:
     """Reads the calibration text, and says how much of it is used and what to beware of."""
     tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), model.config.vocab_size)
-    calibration = load_calibration(args.calibration, tokenizer, model.config, args.calibration_tokens, args.seed)
+    calibration = read_calibration(args, [args.method], tokenizer, model.config, args.seed)
     n_windows, length = calibration.windows.shape
     print(
         f"calibrating on {calibration.name}: {calibration.tokens:,} tokens, {n_windows} windows of {length}, "
-        f"seed {calibration.seed}",
+        f"seed {calibration.seed}"
+        + (f"; tuning on {len(calibration.tuning_windows)} windows" if args.method.tune else ""),
         flush=True,
     )
     for warning in calibration.warnings:
@@ -135,27 +130,23 @@ def main() -> None:
         raise UserError(f"{output} holds another model; to replace it, add --output {output}, or give another folder")
     before = 2 * sum(parameter.numel() for parameter in model.parameters())
     tokenizer_file = checkpoint.checkpoint_folder(path) / FILE_NAME
-    calibration = read_calibration(args, path, model) if args.method in CALIBRATED else None
-    windows = calibration.windows if calibration else None
-    steps = quantize_model(model, METHODS[args.method], args.group_size, windows)
-    reports = list(
-        tqdm(steps, total=len(list(block_linears(model))), desc=f"{args.method} on {args.device}", unit="layer")
-    )
-    embedding_report = quantize_embedding(model, args.embedding, args.group_size)
-    if embedding_report:
+    calibration = calibration_of(args, path, model) if args.method.calibrated else None
+    reports, notes = quantize(model, args.method, args.group_size, calibration, args.steps)
+    if embedding_report := quantize_embedding(model, args.embedding, args.group_size):
         reports.append(embedding_report)
-    for note in (note for report in reports for note in report.notes):
+        notes.extend(embedding_report.notes)
+    for note in notes:
         print(f"note: {note}")
     checkpoint.save(
         model,
         output,
         tokenizer_file if tokenizer_file.exists() else None,
         gptq_format.describe(
-            args.method,
+            str(args.method),
             args.group_size,
-            args.method in SYMMETRIC,
+            args.method.symmetric,
             args.embedding,
-            calibration.describe() if calibration else None,
+            describe(args.method, calibration, args.steps) if calibration else None,
         ),
     )
     print(summary(reports))

@@ -57,6 +57,14 @@ def has_mma(device: torch.device) -> bool:
     return ON_NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program on a GPU may use."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(index)
+    return properties["max_shared_mem"]
+
+
 def check_operands(
     x: Tensor, weight: QuantizedWeight | PreparedWeight | Int8Weight, bias: Tensor | None = None
 ) -> None:

@@ -54,9 +54,10 @@ class Rule(NamedTuple):
     most_columns: int = ANY_NUMBER
 
 
-# The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json): up to some 80 tokens
-# lesson 9 is ahead of lesson 12, and above that where there is too little work for lesson 12's large tiles to fill the
-# machine. Those for any GPU take what asks least of it.
+# The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json, k17_few_tokens.json):
+# lesson 17 serves few tokens where a program can hold a row's codes in its registers; up to some 80 tokens lesson 9 is
+# ahead of lesson 12, and above that where there is too little work for lesson 12's large tiles to fill the machine.
+# Those for any GPU take what asks least of it.
 RULES = (
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=4096),
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=8192, most_rows=4096),

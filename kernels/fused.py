@@ -16,14 +16,26 @@ from torch import Tensor
 from kernels.front_door import HAS_TRITON
 from kernels.int8 import Int8Weight
 from kernels.prepared import BLOCK, PreparedWeight
-from kernels.stream import FoldedNorm, Parts, Stream, attend_reference, gelu_reference, values
+from kernels.stream import FoldedNorm, Parts, Stream, attend_reference, gelu_reference, next_power_of_2, values
+
+MOST_TOKENS = 8
+MOST_COLUMNS = 8192  # of a weight: a program holds its rows' codes in registers (lesson 17)
 
 
-def can_fuse(weight: PreparedWeight, dtype: torch.dtype) -> bool:
-    """Whether lessons 18 to 20 take a weight, its device, and activations of `dtype`."""
-    if not (HAS_TRITON and weight.codes.is_cuda and dtype == torch.float16 and weight.group_size % BLOCK == 0):
+def can_fuse(weight: object, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether lessons 18 to 20 take a weight, in whichever layout it is, where it is, and tokens of `dtype`."""
+    if not (HAS_TRITON and isinstance(weight, PreparedWeight) and weight.codes.is_cuda and dtype == torch.float16):
         return False
-    return importlib.import_module("kernels.common").has_mma(weight.codes.device)
+    # All tokens are in shared memory at once: 8 or 1 of them, rounded up to a power of two of blocks.
+    needed = 2 * BLOCK * (1 if tokens == 1 else MOST_TOKENS) * next_power_of_2(weight.blocks)
+    device = weight.codes.device
+    return (
+        tokens <= MOST_TOKENS
+        and weight.group_size % BLOCK == 0
+        and weight.in_features <= MOST_COLUMNS
+        and _lesson("common").has_mma(device)
+        and needed <= _lesson("common").shared_memory(device)
+    )
 
 
 def embed(

@@ -1,6 +1,53 @@
-"""Lesson 17: one to eight tokens. NEW: the whole weight is on its way before the kernel asks what x is.
+"""Lesson 17: one to sixteen tokens. NEW: the whole weight is on its way before the kernel asks what x is.
 
-TEXT
+Run it:  python -m kernels.k17_few_tokens --check     (against float64; needs an NVIDIA GPU of sm_80 or newer)
+         python -m kernels.k17_few_tokens --bench
+
+THE IDEA. A layer of GPT-2 is small: 0.3 to 5 MB in int4, a microsecond of memory's time or less. Yet lesson 10 takes
+two to five. It waits: for x, which the kernel ahead has only just written; for the codes, a step at a time, each a
+microsecond away; and it computes, four instructions a weight. So ask for everything at once,
+
+    loads of the weight |=========================|           all of it, into registers: as many warps as that takes
+    the kernel ahead    ...............|                      is still at work meanwhile (lesson 9's early launch)
+    x                                  |====|                 into shared memory, each number once
+    tensor cores                            |=|               registers x shared memory: nothing to wait for
+    sum over the warps                        |=|  store
+
+and take tensor cores after all: they make eight columns where one token needs one, but what counts is instructions,
+and one of theirs multiplies 256 weights. Two are left to do for a weight, in place of lesson 10's four, for one token
+or eight: `row_tiles.py`, which lessons 18 and 20 share, has the operands and how they come straight from memory.
+
+THE PRICE. 2048 x 2048: 2.3 MB, 0.5 microseconds at an H200's 4.2 TB/s, hidden behind the kernel ahead if that takes as
+long. What is left is a chain: x from the L2 cache (0.7 microseconds), the products (0.4), the sum over the warps (0.2),
+the store, and the end of one kernel and the beginning of the next, for which a chain of empty kernels takes 0.7.
+So 2 microseconds, for anything up to 8 tokens.
+
+WHO READS WHAT. A program makes 16 rows of out^T. Its warps share the columns, a block of 64 in turn:
+
+    block            0    1    2    3    4    5   ...       a warp's thread keeps 16 bytes of each of its blocks:
+    warp (of four)   0    1    2    3    0    1   ...       13 blocks are 52 registers: K = 6400 fits well
+
+MEASURED on an H200 (results/k17_few_tokens.json: command, versions, date; group size 64), microseconds (times fp16):
+
+    N x K        2304x768    768x3072    4800x1600   1600x6400   2048x2048   8192x2048
+    M = 1        1.8 (2.4)   2.0 (3.8)   2.8 (2.4)   3.6 (2.9)   2.0 (3.0)   4.3 (2.5)
+    M = 8        2.0 (2.2)   2.1 (3.6)   3.6 (1.9)   4.7 (2.2)   2.4 (2.5)   4.8 (2.2)
+    M = 16       2.5 (1.8)   3.0 (2.6)   4.9 (1.4)       -       2.8 (2.1)   8.6 (1.2)
+
+As predicted for few bytes; 8192 x 2048 is bytes again, 9.4 MB at half the memory's pace. Lesson 10 took 2.5 to 5.3 for
+the last two, lesson 9 with its two kernels 4.4 to 8.1 for 8 tokens.
+  Where it fails: 8192 x 8192, 16 and 23 microseconds for one token and for eight (lessons 10 and 9: 15 and 17). All of
+K in registers leaves room for one program a multiprocessor, and there are four times as many.
+  Tried and failed (results/attempts.json). x into registers as well, each thread its own part: the assembler moves
+such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3 microseconds where
+it now takes 2.3. Unpacking the codes before the wait, while there is time: four registers of operands for one of
+codes, so fewer programs at a time, and 5.7 in place of 4.3 at 8192 x 2048.
+  A surprise: M = 4 took longer than M = 8 as long as the missing tokens were read as copies of the last. All programs
+then read the same few bytes five times over, and one slice of the L2 cache had to serve them.
+
+NEXT. A layer takes two microseconds, and between two of them lie a LayerNorm, a GELU or a sum, which take as long each
+(lesson 18). EXERCISE. Count the bytes that all programs together read of x, for 8192 x 2048 and M = 16, and compare
+with the weight's.
 """
 
 from collections.abc import Iterator
@@ -13,8 +60,12 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
+from kernels.k00_reference import quantize_reference
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
 from kernels.row_tiles import MOST_TOKENS, load_weight, multiply, share_tokens
+
+MOST_COLUMNS = 8192  # of w: its codes, 16 blocks a warp, fill the registers
+MOST_NUMBERS = 65536  # of x, with tokens rounded up: 128 KB of shared memory
 
 
 @gluon.jit
@@ -86,6 +137,11 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     m = x_2d.shape[0]
     if not 1 <= m <= MOST_TOKENS:
         raise ValueError(f"x has shape {list(x.shape)}, this kernel multiplies 1 to {MOST_TOKENS} tokens of {k}")
+    block_m = 1 if m == 1 else 8 if m <= 8 else 16
+    if k > min(MOST_COLUMNS, MOST_NUMBERS // block_m):
+        raise ValueError(
+            f"x has shape {list(x.shape)}, for {m} tokens K is at most {min(MOST_COLUMNS, MOST_NUMBERS // block_m)}"
+        )
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     options = launch_options(n, k)
     few_tokens_kernel[(triton.cdiv(n, options["ROWS"]),)](
@@ -100,7 +156,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         weight.blocks,
         HAS_BIAS=bias is not None,
         GROUP_SIZE=weight.group_size,
-        BLOCK_M=1 if m == 1 else 8 if m <= 8 else 16,
+        BLOCK_M=block_m,
         **options,
         **common.early_launch(),
     )
@@ -116,9 +172,25 @@ def check() -> Iterator[common.Check]:
     yield from common.check_matmul(matmul, prepare, shapes)
 
 
+SHAPES = ((2304, 768), (768, 3072), (4800, 1600), (1600, 6400), (2048, 2048), (8192, 2048))  # N, K: GPT-2's, and two
+
+
 def bench() -> list[common.Row]:
-    """Times one, four and eight tokens through a square 8192-wide layer beside torch's own fp16 matmul."""
-    return common.bench_matmul(matmul, prepare, tokens=(1, 4, 8))
+    """Times layers of GPT-2 124M and XL, and two more, beside torch's own fp16 matmul."""
+    rows = []
+    for n, k in SHAPES:
+        group_size = 64
+        copies = common.copies_to_fill_cache(n * k // 2)
+        weights = [common.random_tensor(n, k, seed=seed) for seed in range(copies)]
+        packed = [quantize_reference(w, group_size) for w in weights]
+        prepared = [prepare(p) for p in packed]
+        weight_bytes = sum(tensor.nbytes for tensor in packed[0])
+        for m in (1, 4, 8, 16) if k <= 4096 else (1, 4, 8):
+            x = common.random_tensor(m, k, seed=9)
+            fp16 = common.microseconds(torch.nn.functional.linear, [(x, w) for w in weights])
+            time = common.microseconds(matmul, [(x, p) for p in prepared])
+            rows.append(common.matmul_row({"m": m, "n": n, "k": k, "group_size": group_size}, weight_bytes, time, fp16))
+    return rows
 
 
 if __name__ == "__main__":

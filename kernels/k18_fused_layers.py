@@ -1,6 +1,44 @@
-"""Lesson 18: a transformer block's linear layers. NEW: LayerNorm before, GELU or the residual sum behind, no kernels of their own.
+"""Lesson 18: a block's linear layers, in full. NEW: LayerNorm in front and GELU or the sum behind cost no kernel.
 
-TEXT
+Run it:  python -m kernels.k18_fused_layers --check     (against float64; needs an NVIDIA GPU of sm_80 or newer)
+         python -m kernels.k18_fused_layers --bench
+
+THE IDEA. The second half of a GPT-2 block is x + w2 gelu(w1 norm(x)). In torch that is five kernels, and lesson 17
+speeds up two. What the others do is next to nothing: 768 numbers. But each must wait for the one ahead. Behind a matmul
+it is easy to do them: the program that makes 16 numbers applies GELU to them, or adds them to the residual stream,
+before it stores them. In front it is hard: LayerNorm's mean and deviation need all of x, and every program would have
+to compute them first. Unless it does so last (`stream.py`):
+
+    norm(x) w^T + b  =  ((gamma x) w^T  -  mean (gamma w^T)) / deviation  +  (beta w^T + b)
+                         ^ the product      ^ a number a row, made when the model is loaded
+
+The kernel multiplies gamma x, as it is, and corrects its sums. gamma x is what the kernel ahead stored beside x; and
+that kernel, which knew 16 numbers of x, left their sum and the sum of their squares:
+
+    add_matmul  ->  residual x     fp32 [M, C]           normed_matmul  reads gamma x, as lesson 17 reads its x,
+                    gamma x        fp16 [M, C]                          and C/16 pairs of sums, while it waits for x
+                    sums           fp32 [C/16, M, 2]
+
+THE PRICE. Two more loads behind the wait, both beside those of x, and a sum over at most 100 pairs: 0.2 microseconds.
+In return three kernels of two microseconds go, for each half of a block.
+
+MEASURED on an H200 (results/k18_fused_layers.json: command, versions, date; group size 64), LayerNorm to sum, beside
+torch's five fp16 kernels:
+
+    n_embd, M              768, 1     768, 8     1600, 1    1600, 8
+    microseconds           4.4        7.2        8.3        12.7
+    torch's fp16           18.9       18.9       27.8       28.0        4.3x, 2.6x, 3.4x, 2.2x
+
+Predicted: twice lesson 17's times and 0.2 each, 4.2 at (768, 1) and 6.8 at (1600, 1). The larger one misses it: two
+kernels that take turns share the multiprocessors' registers, and the second's programs, which hold 13 blocks a warp,
+do not fit beside the first's.
+  How it stands against cancellation: mean (gamma w^T) is subtracted after the product instead of before. Where |mean|
+is a hundred times the deviation that costs two digits of seven; GPT-2's mean is a fraction of it.
+  Tried and failed (results/attempts.json): lesson 10's loop with the same ends. A step of GPT-2 124M took 226
+microseconds, with lesson 17's 165; of XL 1,595 and 863.
+
+NEXT. Of a block's kernels one is left that is not a matmul: attention (lesson 19). EXERCISE. RMSNorm has no mean and no
+beta. What of `normalise` is left, and what of `sums`?
 """
 
 import math
@@ -217,5 +255,30 @@ def _compare(what: str, out: Tensor, expected: Tensor) -> common.Check:
 
 
 def bench() -> list[common.Row]:
-    """Times GPT-2's MLPs, fused and in the steps that torch would take with lesson 17's matmul, and in fp16."""
-    raise NotImplementedError
+    """Times the second half of GPT-2's blocks, LayerNorm to sum, beside torch's five fp16 kernels for it."""
+    return [_bench_mlp(m, c) for c in (768, 1600) for m in (1, 8)]
+
+
+def _bench_mlp(m: int, c: int) -> common.Row:
+    copies = common.copies_to_fill_cache(4 * c * c)
+    gamma, beta, bias_4c, bias = (common.random_tensor(size, seed=size) for size in (c, c, 4 * c, c))
+    x, stream = common.random_tensor(m, c, seed=1), Stream.zeros(m, c, common.DEVICE)
+    stream.write(x, gamma)
+    layers = [(common.random_tensor(4 * c, c, seed=i), common.random_tensor(c, 4 * c, seed=i)) for i in range(copies)]
+    packed = [tuple(prepare(quantize_reference(w, 64)) for w in layer) for layer in layers]
+    norms = [fold_norm(first, gamma, beta, bias_4c) for first, _ in packed]
+
+    def in_fp16(first: Tensor, second: Tensor) -> Tensor:
+        hidden = torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (c,), gamma, beta), first, bias_4c)
+        return x + torch.nn.functional.linear(gelu_reference(hidden), second, bias)
+
+    def fused(first: PreparedWeight, second: PreparedWeight, norm: FoldedNorm) -> None:
+        add_matmul(normed_matmul(stream, first, norm, 1e-5, gelu=True), second, bias, stream, gamma)
+
+    fp16 = common.microseconds(in_fp16, layers)
+    time = common.microseconds(fused, [(*weights, norm) for weights, norm in zip(packed, norms, strict=True)])
+    return {"m": m, "n_embd": c, "microseconds": time, "fp16_microseconds": fp16, "times_fp16": fp16 / time}
+
+
+if __name__ == "__main__":
+    common.run_lesson(check, bench)

@@ -1,6 +1,46 @@
 """Lesson 19: attention of one token over a cache. NEW: programs along the context, and the last one to finish adds up.
 
-TEXT
+Run it:  python -m kernels.k19_attention --check     (against float64; needs no GPU)
+         python -m kernels.k19_attention --bench     (on a GPU)
+
+THE IDEA. A new token asks every key in the cache, and takes the values' weighted mean: for a head, L keys and L values
+of 64 numbers. There is one query a head, so nothing to share and no tensor core to fill: it is a matrix-vector product
+twice, with a softmax between. GPT-2 124M has 12 heads, an H200 132 multiprocessors. A program a head would leave most
+of them idle and walk along the context step by step; so a head gets a program for each 128 positions (Dao et al. 2023,
+"Flash-Decoding for long-context inference"):
+
+    head h   | 0..127 | 128..255 | 256..383 | ...     each: scores, their largest, weights, their total, weighted sum
+                 |         |          |
+                 +---------+----------+               the last one to finish, by a counter, brings the parts to one
+                           |                          scale and adds them up; always in this order: the same bits
+                          out
+
+Softmax lets itself be cut like that (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"): with
+weights exp(score - top) relative to a part's own largest score, parts join as  sum of exp(top_i - top) * part_i.
+
+NEW as well: all keys and values but the newest were written many kernels ago. Their loads go before `gdc_wait`, and
+are under way while the kernel ahead is still making query, key and value.
+
+THE PRICE. Bytes: 2 * 64 * 2 a position and head; at 1024 positions 3.1 MB for 12 heads, 0.8 microseconds at 4.2 TB/s.
+As in lesson 17 there is a chain: query, scores, largest, total, sum over 128 rows, with a barrier each, 1 microsecond;
+and if there are several parts, a store, a counter and a load, each a trip to the L2 cache: 1.5 more.
+
+MEASURED on an H200 (results/k19_attention.json: command, versions, date), microseconds, one sequence and eight:
+
+    heads, length      12, 128     12, 512     12, 1024    25, 128     25, 512     25, 1024
+    one sequence       1.9         3.1         3.4         2.0         3.3         4.5
+    eight              2.4         6.2         9.2         3.3         11.3        17.2
+    torch, one         20          23          23          20          24          25
+
+torch's own takes a mask, two copies into the cache and its attention kernel, in fp16. Eight sequences of 1024 reach
+65 to 73% of the memory's pace; one is all chain, as predicted.
+  Tried and failed (results/attempts.json). A program a head: a step of GPT-2 124M at position 1000 took 226
+microseconds, and takes 169. 256 positions a program, or 64: 3 to 8% slower in most places. Programs that have nothing
+to do, and there are many, fetching the MLP's weights into the L2 cache meanwhile: attention took 6 microseconds in
+place of 4, and what followed became no faster. A step does not wait for bytes.
+
+NEXT. The step's two ends: where tokens become numbers, and numbers a token (lesson 20). EXERCISE. A counter costs a
+trip to the L2 cache. Let lesson 18's kernel join the parts instead, when it loads x. What must each program load then?
 """
 
 import math
@@ -157,7 +197,28 @@ def check() -> Iterator[common.Check]:
 
 
 def bench() -> list[common.Row]:
-    raise NotImplementedError
+    """Times a layer's attention in GPT-2 124M and XL beside torch's, which needs a mask and a copy into the cache."""
+    return [
+        _bench_layer(batch_size, heads, length)
+        for heads in (12, 25)
+        for batch_size in (1, 8)
+        for length in (128, 512, 1024)
+    ]
+
+
+def _bench_layer(batch_size: int, heads: int, length: int) -> common.Row:
+    size = 64
+    copies = common.copies_to_fill_cache(4 * batch_size * heads * length * size)
+    shape = (batch_size, heads, length, size)
+    caches = [tuple(common.random_tensor(*shape, seed=seed) for seed in (i, i + 1)) for i in range(copies)]
+    qkv = common.random_tensor(batch_size, 3 * heads * size, seed=9)
+    positions = torch.full((batch_size,), length - 1, device=qkv.device)
+    parts = Parts.empty(batch_size, heads, size, length, qkv.device)
+    fp16 = common.microseconds(attend_reference, [(qkv, k, v, positions) for k, v in caches])
+    time = common.microseconds(attend, [(qkv, k, v, positions, parts) for k, v in caches])
+    sizes = {"batch": batch_size, "heads": heads, "length": length}
+    floor = common.floor_microseconds(2 * caches[0][0].nbytes)
+    return {**sizes, "microseconds": time, "torch_microseconds": fp16, "share_of_roofline": floor / time}
 
 
 if __name__ == "__main__":

@@ -1,6 +1,41 @@
-"""Lesson 20: the two ends of a decode step. NEW: the output layer in int8 on tensor cores, and it brings the best token along.
+"""Lesson 20: the two ends of a decode step. NEW: the output layer in int8 brings the best token along.
 
-TEXT
+Run it:  python -m kernels.k20_step_ends --check     (against float64; the output layer needs a GPU of sm_80 or newer)
+         python -m kernels.k20_step_ends --bench
+
+THE IDEA. A step begins with a token and a position and ends with the next token. Both ends look small and are not.
+torch takes three kernels to embed; and to find the best of 50,257 scores, which are no more than 100 KB, it takes 16
+microseconds, as long as eight layers. So:
+
+    embed_kernel      a row of the embedding (fp16, int8 or int4), a row of wpe, and what lesson 18 wants to know of x
+    output_kernel     lesson 18's LayerNorm and the product with 50,257 rows of int8 (lesson 16's format), and
+                      of the 16 scores that a program makes anyway, the best, and whose it is
+    pick_kernel       the best of the 3,142 best
+
+THE PRICE. 50,257 x 768 int8 is 38.6 MB: 9.2 microseconds at an H200's 4.2 TB/s; x 1600: 19. Instructions: a byte
+becomes fp16 by being put under the bits of 1024, two at a time; 1.3 a weight, and tensor cores. `pick_kernel` is empty
+but for 25 KB: a microsecond.
+
+WHO READS WHAT. As in lesson 17, but with int8 sixteen neighbours a thread, one load of 16 bytes:
+
+    64 columns of a row     |t0: 16 bytes|t1: 16 bytes|t2|t3|     and of x the same sixteen: four products of 16 columns
+    each load               w0 w1 w2 w3  (4 neighbours each)      any four neighbours will do (row_tiles.py)
+
+MEASURED on an H200 (results/k20_step_ends.json: command, versions, date), LayerNorm to token, microseconds:
+
+    K, M                   768, 1     768, 8     1600, 1    1600, 8
+    with the best token    19.4       24.4       36.1       45.9
+    logits only            17.3       21.3       33.7       42.7
+    torch's fp16           47.6       72.7       78.4       128
+
+Predicted: 11 and 20. Half of the memory's pace is what kernels of this size reach here, lesson 17's as well; lesson 16,
+without tensor cores, LayerNorm and token, takes 13.6 at (768, 1) and 37.9 at (1600, 1), so tensor cores are no gain for
+one token at 768, and why is not yet understood. In a whole step of GPT-2 124M the best token brought along saves 15
+microseconds of 179.
+
+NEXT. All of a step is there: minigpt/quantization/fused_decode.py puts it together, 63 kernels for GPT-2 124M, captured
+in a CUDA graph. EXERCISE. Sampling with a temperature needs a draw from softmax(logits). Which sums would output_kernel
+have to bring along so that no kernel needs to read all logits again?
 """
 
 from collections.abc import Iterator
@@ -342,7 +377,32 @@ def _check_embed() -> Iterator[common.Check]:
 
 
 def bench() -> list[common.Row]:
-    raise NotImplementedError
+    """Times GPT-2's output layer, LayerNorm to best token, beside torch's three fp16 kernels for it."""
+    return [_bench_output(m, k) for k in (768, 1600) for m in (1, 8)]
+
+
+def _bench_output(m: int, k: int) -> common.Row:
+    n = 50257
+    weights = [common.random_tensor(n, k, seed=seed) for seed in range(common.copies_to_fill_cache(n * k))]
+    gamma, beta, x = (common.random_tensor(*shape, seed=7) for shape in ((k,), (k,), (m, k)))
+    stream = Stream.zeros(m, k, common.DEVICE)
+    stream.write(x, gamma)
+    int8 = [quantize_int8(w) for w in weights]
+    norms = [fold_norm(w, gamma, beta) for w in int8]
+
+    def in_fp16(w: Tensor) -> Tensor:
+        return torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (k,), gamma, beta), w).argmax(-1)
+
+    fp16 = common.microseconds(in_fp16, [(w,) for w in weights])
+    calls = [(stream, w, norm, 1e-5) for w, norm in zip(int8, norms, strict=True)]
+    return {
+        "m": m,
+        "n": n,
+        "k": k,
+        "microseconds": common.microseconds(score_and_pick, calls),
+        "logits_microseconds": common.microseconds(score, calls),
+        "fp16_microseconds": fp16,
+    }
 
 
 if __name__ == "__main__":

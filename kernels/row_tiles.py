@@ -123,7 +123,7 @@ def share_tokens(
     STEP: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """All of x into shared memory, each number once: [blocks * BLOCK_M, 64], all tokens of block 0, then of block 1, ...
+    """All of x into shared memory, each number once: [blocks * BLOCK_M, 64], all tokens of block 0, of block 1, ...
 
     Blocks past the end are copies of the last. Tokens past the end hold anything: no other token's result sees them.
     """
@@ -235,7 +235,7 @@ def total_of(sums, layout: gl.constexpr):
 
 @gluon.jit
 def normalise(product, sums, squares, folded, K, eps, layout: gl.constexpr):
-    """w (gamma x)^T, fp32 [ROWS, TOKENS] -> w (gamma (x - mean) / deviation)^T, with folded = w gamma^T, fp32 [ROWS]."""
+    """w (gamma x)^T, fp32 [ROWS, TOKENS] -> w (gamma (x - mean) / deviation)^T; folded: w gamma^T, fp32 [ROWS]."""
     mean = total_of(sums, layout) / K
     variance = gl.maximum(total_of(squares, layout) / K - mean * mean, 0.0)
     return (product - folded[:, None] * mean) * gl.rsqrt(variance + eps)

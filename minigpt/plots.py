@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-# Okabe and Ito's colours, which colour-blind people tell apart too, and markers; methods take them in this order.
+# Okabe and Ito's colours and two of Tol's, which colour-blind people tell apart too, and markers; methods take them in
+# this order.
 STYLES = (
     *(("#777777", "o"), ("#56B4E9", "D"), ("#0072B2", "s"), ("#CC79A7", "P"), ("#009E73", "^")),
-    *(("#E69F00", "X"), ("#D55E00", "v"), ("#000000", "h")),
+    *(("#E69F00", "X"), ("#D55E00", "v"), ("#000000", "h"), ("#882255", "H"), ("#999933", ">")),
 )
 PEER_MARKERS = "*pd<>"
 PEER = "peer:"

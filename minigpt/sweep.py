@@ -16,14 +16,12 @@ import datetime
 import importlib.metadata
 import importlib.util
 import itertools
-import json
 import platform
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -31,31 +29,29 @@ from tqdm import tqdm
 from minigpt import checkpoint, data, evaluate, plots
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
 from minigpt.errors import UserError, run_script
-from minigpt.files import check_file, write_json
+from minigpt.files import Row, check_file, merge, read_rows, write_json
 from minigpt.generate import seed as read_seed
 from minigpt.model import GPT
 from minigpt.peers import PEERS, check_installed
-from minigpt.quantization import awq, tune
-from minigpt.quantization.calibration import Calibration, load_calibration
-from minigpt.quantization.convert import (
-    WHOLE_ROW,
-    bits_per_weight,
-    block_linears,
-    check_fits,
-    quantize_model,
-    read_group_size,
+from minigpt.quantization.calibration import Calibration
+from minigpt.quantization.convert import WHOLE_ROW, bits_per_weight, block_linears, check_fits, read_group_size
+from minigpt.quantization.methods import METHODS
+from minigpt.quantization.recipe import (
+    KNOWN,
+    Recipe,
+    add_calibration_arguments,
+    check_calibration_arguments,
+    quantize,
+    read_calibration,
+    read_recipe,
 )
-from minigpt.quantization.methods import CALIBRATED, DATA_FREE, METHODS
 from minigpt.table import format_table
 from minigpt.tokenizer import encode, tokenizer_for
 
 PEER = "peer:"  # before the name of a method that is not ours
-AWQ, TUNE = "awq+", "+tune"  # before and after the name of one that is: the passes around it
 GROUP_SIZES = (32, 64, 128, WHOLE_ROW)
 # What tells one measurement from another: of two that agree in all of these, the newer one counts.
 IDENTITY = ("model", "text", "method", "group_size", "seed", "gpu", "context_length", "stride")
-
-Row = dict[str, Any]
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,17 +65,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--method",
         nargs="*",
-        type=read_method,
-        default=list(METHODS),
+        type=read_recipe,
+        default=list(map(Recipe, METHODS)),
         metavar="METHOD",
-        help=f"{', '.join(METHODS)}, or awq+METHOD, METHOD+tune (default: all, without these passes)",
+        help=f"{KNOWN}\n(default: all, without awq and tune)",
     )
     parser.add_argument("--peer", nargs="+", choices=PEERS, default=[], help="quantizers that are installed here")
     parser.add_argument(
         "--group-size", nargs="+", type=read_group_size, help="(default: those of 32 64 128 row that fit the model)"
     )
-    parser.add_argument("--calibration", help="text for methods that look at some (default: c4; for demo: demo)")
-    parser.add_argument("--calibration-tokens", type=int, default=65536, help="how much of it (default: 65536)")
+    add_calibration_arguments(parser)
     parser.add_argument(
         "--seed", nargs="+", type=read_seed, default=[0], help="which parts of it, each measured (default: 0)"
     )
@@ -95,48 +90,10 @@ def parse_args() -> argparse.Namespace:
         check_installed(name)
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
-    args.calibration = args.calibration or ("demo" if args.model == "demo" else "c4")
+    calibrated = any(map(is_calibrated, [*args.method, *args.peer]))
+    check_calibration_arguments(args, args.method, calibrated)
     args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
     return args
-
-
-def read_method(text: str) -> str:
-    """Reads one of --method."""
-    if text.removeprefix(AWQ).removesuffix(TUNE) not in METHODS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is none of {', '.join(METHODS)}, nor one of them with {AWQ} before or {TUNE} after it"
-        )
-    return text
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The measurements in a file; none if there is no such file.
-
-    Raises:
-        UserError: the file holds something else.
-    """
-    if not path.is_file():
-        return []
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= set(IDENTITY) for row in rows):
-        raise UserError(f"{path}: not a list of measurements; give --json another file")
-    return rows
-
-
-def merge(rows: Sequence[Row], row: Row) -> list[Row]:
-    """The measurements with one more, in the place of the one that it repeats or else at the end."""
-
-    def identity(row: Row) -> list[Any]:
-        """What the row is a measurement of."""
-        return [row[name] for name in IDENTITY]
-
-    places = [identity(other) for other in rows]
-    if identity(row) not in places:
-        return [*rows, row]
-    return [row if place == identity(row) else other for place, other in zip(places, rows, strict=True)]
 
 
 def fitting_sizes(model: GPT, asked: Sequence[int] | None) -> list[int]:
@@ -157,31 +114,29 @@ def _fits(model: GPT, group_size: int) -> bool:
     return all(layer.in_features % group_size == 0 for _, layer in block_linears(model))
 
 
-def is_calibrated(method: str) -> bool:
-    """Whether a method looks at text, so that each seed gives something else."""
-    if method.startswith(PEER):
-        return PEERS[method.removeprefix(PEER)].calibrated
-    return method not in DATA_FREE
+def is_calibrated(method: Recipe | str) -> bool:
+    """Whether a recipe or a peer looks at text, so that each seed gives something else."""
+    return method.calibrated if isinstance(method, Recipe) else PEERS[method].calibrated
 
 
-def jobs(args: argparse.Namespace, group_sizes: Sequence[int]) -> Iterator[tuple[str, int, int | None]]:
-    """Yields (method, group size, seed): what is to be measured. The seed is None where nothing depends on it."""
-    methods = [*args.method, *(PEER + name for name in args.peer)]
-    for method, group_size in itertools.product(methods, group_sizes):
+def jobs(args: argparse.Namespace, group_sizes: Sequence[int]) -> Iterator[tuple[Recipe | str, int, int | None]]:
+    """Yields (recipe or peer, group size, seed): what is to be measured. No seed: nothing depends on it."""
+    for method, group_size in itertools.product([*args.method, *args.peer], group_sizes):
         for seed in args.seed if is_calibrated(method) else [None]:
             yield method, group_size, seed
 
 
 def quantized(
-    path: Path, method: str, group_size: int, calibration: Calibration | None, device: str
+    path: Path, method: Recipe | str, group_size: int, calibration: Calibration | None, steps: int, device: str
 ) -> tuple[GPT, float, float]:
     """A model quantized in memory.
 
     Args:
         path: of the FP checkpoint.
-        method: as `read_method` takes it, or PEER and the name of one of PEERS.
+        method: how; a name is one of PEERS.
         group_size: weights that share a scale, or WHOLE_ROW.
         calibration: text, for those that look at some.
+        steps: of tuning.
         device: where.
 
     Returns:
@@ -189,32 +144,17 @@ def quantized(
     """
     model = checkpoint.load(path, torch.float32, device)
     begin = time.perf_counter()
-    if method.startswith(PEER):
-        windows = calibration.windows if calibration else None
-        model, bits = PEERS[method.removeprefix(PEER)].quantize(model, group_size, windows)
-    else:
-        apply(method, model, path, group_size, calibration, device)
+    if isinstance(method, Recipe):
+        _, notes = quantize(model, method, group_size, calibration, steps)
+        for note in notes:
+            tqdm.write(f"{method}: {note}")
         bits = bits_per_weight(model)
+    else:
+        model, bits = PEERS[method].quantize(model, group_size, calibration.windows if calibration else None)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     return model.to(torch.float16).to(arithmetic_dtype(device)), bits, seconds
-
-
-def apply(method: str, model: GPT, path: Path, group_size: int, calibration: Calibration | None, device: str) -> None:
-    """Quantizes a model in place by one of our methods and the passes around it. Arguments as in `quantized`."""
-    name = method.removeprefix(AWQ).removesuffix(TUNE)
-    if method.startswith(AWQ):
-        assert calibration is not None
-        awq.scale(model, calibration.windows, DATA_FREE.get(name, DATA_FREE["mse"]), group_size)
-    windows = calibration.windows if calibration is not None and name in CALIBRATED else None
-    steps = quantize_model(model, METHODS[name], group_size, windows)
-    for _ in tqdm(steps, total=len(list(block_linears(model))), desc=method, unit="layer", leave=False):
-        pass
-    if method.endswith(TUNE):
-        assert calibration is not None
-        reference = checkpoint.load(path, torch.float32, device)
-        tune.tune(model, reference, calibration.windows, seed=calibration.seed)
 
 
 def short_name(name: str) -> str:
@@ -235,7 +175,7 @@ def versions() -> dict[str, str | None]:
 def main() -> None:
     """Measures, writes each measurement at once, then prints a table and draws the plot."""
     args = parse_args()
-    rows = read_rows(args.json)
+    rows = read_rows("--json", args.json, IDENTITY)
     path = checkpoint.resolve(args.model)
     reference = checkpoint.load(path, torch.float16)
     sizes = fitting_sizes(reference, args.group_size)
@@ -247,7 +187,7 @@ def main() -> None:
     tokens = torch.tensor(encode(tokenizer, data.load_text(args.dataset)), device=args.device)
     todo = list(jobs(args, sizes))
     calibrations: dict[int | None, Calibration] = {
-        seed: load_calibration(args.calibration, tokenizer, reference.config, args.calibration_tokens, seed)
+        seed: read_calibration(args, args.method, tokenizer, reference.config, seed)
         for seed in args.seed
         if any(is_calibrated(method) for method, *_ in todo)
     }
@@ -267,13 +207,14 @@ def main() -> None:
     measured: list[Row] = []
     for method, group_size, seed in tqdm(todo, desc="sweep", unit="model", file=sys.stderr):
         calibration = calibrations.get(seed)
-        model, bits, seconds = quantized(path, method, group_size, calibration, args.device)
-        result = score(model, method, reference)
+        name = str(method) if isinstance(method, Recipe) else PEER + method
+        model, bits, seconds = quantized(path, method, group_size, calibration, args.steps, args.device)
+        result = score(model, name, reference)
         del model
         row = {
             "model": short_name(args.model),
             "text": short_name(args.dataset),
-            "method": method,
+            "method": name,
             "group_size": "row" if group_size == WHOLE_ROW else group_size,
             "seed": seed,
             "bits_per_weight": bits,
@@ -287,14 +228,15 @@ def main() -> None:
             "quantize_seconds": round(seconds, 3),
             "calibration": short_name(args.calibration) if calibration else None,
             "calibration_tokens": calibration.tokens if calibration else None,
+            "tuning_steps": args.steps if isinstance(method, Recipe) and method.tune else None,
             "gpu": describe_device(args.device) if args.device.startswith("cuda") else "cpu",
             **versions(),
-            "peer_version": PEERS[method.removeprefix(PEER)].version if method.startswith(PEER) else None,
+            "peer_version": None if isinstance(method, Recipe) else PEERS[method].version,
             "date": datetime.date.today().isoformat(),
             "command": "python -m minigpt.sweep " + shlex.join(sys.argv[1:]),
         }
         measured.append(row)
-        rows = merge(rows, row)
+        rows = merge(rows, row, IDENTITY)
         write_json(args.json, rows)
     print(format_measurements(measured))
     if importlib.util.find_spec("matplotlib"):

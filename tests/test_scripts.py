@@ -67,6 +67,7 @@ def test_quantize_then_eval_the_demo(tmp_path, short_text):
     assert "wte" in output
     table = must_work(run(tmp_path, "eval.py", "demo", "--dataset", short_text, "--json", "out.json"))
     assert "int4 path: " in table and "perplexity" in table and "windows of 512, stride 512" in table
+    assert all(len(line) <= 120 for line in table.split("\n\n")[1].splitlines())  # the table fits a terminal
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     fp16, int4 = content["rows"]
     for row in (fp16, int4):
@@ -135,16 +136,19 @@ def test_quantize_with_calibration_text(tmp_path, short_text):
     checkpoint.save(tiny_model(0), tmp_path / "mine", checkpoint.DEMO_FOLDER / "tokenizer.tiktoken")
     arguments = ("quantize.py", "mine", "--group-size", "16", "--calibration", short_text)
     options = ("--calibration-tokens", "700", "--seed", "3")
-    output = must_work(run(tmp_path, *arguments, "--method", "gptaq", *options))
-    assert f"calibrating on {short_text}: 640 tokens, 10 windows of 64, seed 3" in output
+    output = must_work(run(tmp_path, *arguments, "--method", "awq+gptaq+tune", "--steps", "2", *options))
+    assert f"calibrating on {short_text}: 640 tokens, 10 windows of 64, seed 3; tuning on 16 windows" in output
     assert "warning: 640 calibration tokens say little about layers of 64 inputs" in output
+    assert "note: activation-aware scaling: " in output and "note: tuning: KL divergence " in output
     config = json.loads((tmp_path / "checkpoints" / "mine-int4" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["meta"] == {
         "quantizer": ["minigpt-int4"],
-        "method": "gptaq",
-        "calibration": {"text": str(short_text), "tokens": 640, "seed": 3},
+        "method": "awq+gptaq+tune",
+        "embedding": "int8",
+        "calibration": {"text": str(short_text), "tokens": 640, "seed": 3, "steps": 2, "tuning_tokens": 1024},
     }
-    must_fail(run(tmp_path, *arguments), "--calibration is for --method gptq, quantease, gptaq")
+    must_fail(run(tmp_path, *arguments), "--calibration is for gptq, quantease, gptaq, awq+METHOD")
+    must_fail(run(tmp_path, *arguments, "--method", "gptq", "--steps", "5"), "--steps is for METHOD+tune, not for gptq")
 
 
 def test_quantize_spares_the_models_own_folder(tmp_path):

@@ -133,6 +133,48 @@ def ladder() -> str:
     return markdown(columns, cells) + f"\n\n{note} {source(list(first.values())).replace('k03_matmul', 'LESSON')}"
 
 
+def few_tokens() -> str:
+    """Lesson 17: microseconds and times FP16 for each shape and number of tokens."""
+    rows = read("k17_few_tokens")
+    tokens = sorted({row["m"] for row in rows})
+    cells = {(row["n"], row["k"], row["m"]): row for row in rows}
+
+    def cell(n: int, k: int, m: int) -> str:
+        """A shape's column for m tokens."""
+        row = cells.get((n, k, m))
+        return f"{row['microseconds']:.1f} ({row['times_fp16']:.2f}x)" if row else "-"
+
+    shapes = dict.fromkeys((row["n"], row["k"]) for row in rows)
+    lines = [[f"{n} x {k}", *(cell(n, k, m) for m in tokens)] for n, k in shapes]
+    note = f"Microseconds (times FP16), group size {rows[0]['group_size']}."
+    return markdown(["out x in", *(f"M = {m}" for m in tokens)], lines) + f"\n\n{note} {provenance(rows[0])}"
+
+
+def step_parts() -> str:
+    """Lessons 18 to 20: what the parts of a decode step take, beside the same in torch's fp16 kernels."""
+    mlp, attention, output = read("k18_fused_layers"), read("k19_attention"), read("k20_step_ends")
+    parts = [
+        *((f"k18: MLP, LayerNorm to sum; n_embd {row['n_embd']}", row["m"], row, "fp16") for row in mlp),
+        *(
+            (f"k19: attention; {row['heads']} heads, {row['length']} positions", row["batch"], row, "torch")
+            for row in attention
+        ),
+        *((f"k20: output layer, LayerNorm to token; n_embd {row['k']}", row["m"], row, "fp16") for row in output),
+    ]
+    lines = [
+        [
+            part,
+            str(m),
+            f"{row['microseconds']:.1f}",
+            f"{row[f'{other}_microseconds']:.1f}",
+            f"{row[f'{other}_microseconds'] / row['microseconds']:.1f}x",
+        ]
+        for part, m, row, other in parts
+    ]
+    columns = ["part", "tokens", "microseconds", "torch, FP16", "times"]
+    return markdown(columns, lines) + f"\n\n{provenance(mlp[0])}"
+
+
 def matmul() -> str:
     """Times FP16 for each shape and number of tokens, at the largest group size that was measured for the shape."""
     rows = read("matmul")
@@ -242,9 +284,23 @@ def accuracy_of(rows: list[dict[str, Any]]) -> str:
     note = (
         f"Rise of perplexity over FP16's {first['fp16_perplexity']:.2f} (and KL divergence from FP16, in nats a token) "
         f"for each group size: {first['model']} on {first['text']}, {first['tokens_scored']:,} tokens scored, windows "
-        f"of {first['context_length']}, stride {first['stride']}. {provenance(first)}"
+        f"of {first['context_length']}, stride {first['stride']}.{calibration_of(rows)} {provenance(first)}"
     )
     return markdown(columns, cells) + f"\n\n{note}"
+
+
+def calibration_of(rows: list[dict[str, Any]]) -> str:
+    """What text the calibrated methods among `rows` looked at, and for how long they were tuned."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        if row["calibration"]:
+            text = f"{row['calibration_tokens']:,} tokens of {row['calibration']}'s training text"
+            texts.setdefault(text, []).append(row["method"])
+    said = "; ".join(f"{', '.join(dict.fromkeys(methods))} saw {text}" for text, methods in texts.items())
+    steps = sorted({row["tuning_steps"] for row in rows if row.get("tuning_steps")})
+    tuned = f"; tuned for {' or '.join(map(str, steps))} steps" if steps else ""
+    seeds = "; ± is half the range over seeds" if len({row["seed"] for row in rows} - {None}) > 1 else ""
+    return f" {said}{tuned}{seeds}." if said else ""
 
 
 Group = dict[tuple[str, str], dict[str, Any]]  # measurements that belong together, by (weights, how)
@@ -390,6 +446,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo-cpu": lambda: evaluation("eval_demo_cpu"),
     "demo-h200": lambda: evaluation("eval_demo_h200"),
     "demo-baselines": baselines,
+    "few-tokens": few_tokens,
     "k01": lambda: bandwidth("k01_quantize"),
     "k02": lambda: bandwidth("k02_dequantize"),
     "ladder": ladder,
@@ -398,6 +455,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "prefill-cpu": lambda: prefill(on_cpu=True),
     "quantization": quantization,
+    "step-parts": step_parts,
 }
 
 

@@ -43,13 +43,15 @@ class Calibration:
 
     Attributes:
         name: of the text, as the user gave it.
-        windows: int64 [n, T], T = the model's n_positions.
+        windows: int64 [n, T], T = the model's n_positions: what layers are watched on.
+        tuning_windows: int64 [m, T], these and more: what a model is tuned on (`minigpt.quantization.tune`).
         seed: that chose the windows.
         warnings: what the user should know about it, a line each.
     """
 
     name: str
     windows: Tensor
+    tuning_windows: Tensor
     seed: int
     warnings: list[str] = field(default_factory=list)
 
@@ -64,7 +66,7 @@ class Calibration:
 
 
 def load_calibration(
-    name: str, tokenizer: tiktoken.Encoding, config: GPTConfig, n_tokens: int, seed: int
+    name: str, tokenizer: tiktoken.Encoding, config: GPTConfig, n_tokens: int, seed: int, n_tuning_windows: int = 0
 ) -> Calibration:
     """Reads a text and takes windows from random places of it.
 
@@ -74,6 +76,7 @@ def load_calibration(
         config: the model's; windows are as long as the model reads.
         n_tokens: about how many tokens to take, in whole windows; at most what the text has, then with a warning.
         seed: of the places.
+        n_tuning_windows: how many windows to tune on, those to watch among them; likewise.
 
     Raises:
         UserError: there is no such text, it is shorter than a window, or it is WikiText's test split, on which
@@ -92,20 +95,20 @@ def load_calibration(
             "same kind; calibrate on other text to compare"
         )
     tokens = torch.tensor(encode(tokenizer, text))  # [tokens]
-    if len(tokens) < n_tokens:
-        warnings.append(
-            f"the calibration text {name} has {len(tokens):,} tokens, fewer than the {n_tokens:,} asked for"
-        )
-    n_windows = min(n_tokens, len(tokens)) // length
+    wanted = max(n_tokens, n_tuning_windows * length)
+    if len(tokens) < wanted:
+        warnings.append(f"the calibration text {name} has {len(tokens):,} tokens, fewer than the {wanted:,} asked for")
+    n_windows = min(wanted, len(tokens)) // length
     generator = torch.Generator().manual_seed(seed)
-    windows = data.random_windows(tokens, max(1, n_windows), length, generator)
+    tuning_windows = data.random_windows(tokens, max(1, n_windows), length, generator)
+    windows = tuning_windows[: n_tokens // length]
     widest = 4 * config.n_embd
     if windows.numel() < TOKENS_PER_INPUT * widest:
         warnings.append(
             f"{windows.numel():,} calibration tokens say little about layers of {widest:,} inputs, and the result may "
             f"be worse than without; give {TOKENS_PER_INPUT * widest:,} or more"
         )
-    return Calibration(name, windows, seed, warnings)
+    return Calibration(name, windows, tuning_windows, seed, warnings)
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ class ResidualStream:
     def advance(self, block: nn.Module) -> None:
         """Takes the stream through a block."""
         for i, chunk in enumerate(self._chunks):
-            self._chunks[i] = block(chunk.to(self._device), 0, self._positions, None).cpu()
+            self._chunks[i] = block(chunk.to(self._device), 0, None, self._positions, None).cpu()
 
     def inputs_of(self, layer: nn.Module, block: nn.Module) -> Iterator[Tensor]:
         """What reaches a layer inside the next block, a chunk at a time: yields float32 [tokens, in_features]."""
@@ -197,7 +200,7 @@ class ResidualStream:
         hook = layer.register_forward_pre_hook(catch)
         try:
             with contextlib.suppress(_Reached):
-                block(x, 0, self._positions, None)
+                block(x, 0, None, self._positions, None)
         finally:
             hook.remove()
         return caught[0]

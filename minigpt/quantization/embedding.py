@@ -22,7 +22,7 @@ from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization.convert import WHOLE_ROW, LayerReport, layer_group_size
 from minigpt.quantization.gptq_format import empty_weight
-from minigpt.quantization.linear import Int4Weight
+from minigpt.quantization.linear import Int4Weight, prepared
 from minigpt.quantization.rtn import mse
 
 CHOICES = ("int8", "int4", "fp16")
@@ -176,7 +176,9 @@ def install_empty_embedding(model: GPT, tensors: dict[str, Tensor], settings: di
             install(model, Int4Embedding(weight, dtype))
 
 
-def embedding_weight(model: GPT) -> Tensor | Int8Weight | QuantizedWeight | PreparedWeight:
-    """The token embedding [vocab_size, n_embd] as it is stored."""
-    wte = model.wte
-    return wte.held if isinstance(wte, Int4Embedding) else wte.weight
+def embedding_weight(model: GPT) -> Tensor | Int8Weight | PreparedWeight:
+    """The token embedding [vocab_size, n_embd], as it is stored, int4 prepared for the kernels."""
+    wte: nn.Module = model.wte
+    if isinstance(wte, Int4Embedding):
+        return prepared(wte)
+    return wte.weight if isinstance(wte, Int8Embedding) else model.wte.weight

@@ -10,19 +10,19 @@ import kernels
 from kernels import FoldedNorm, Parts, PreparedWeight, Stream
 from minigpt.model import GPT, Block, KVCache
 from minigpt.quantization.embedding import embedding_weight
-from minigpt.quantization.linear import Int4Linear
+from minigpt.quantization.linear import Int4Linear, prepared
 
-MOST_SEQUENCES = 8
+BLOCK = 64  # the kernels read weights in blocks of as many columns
 
 
 class FusedBlock:
     """A block's weights as the fused kernels want them: both norms taken into the layers behind them."""
 
     def __init__(self, block: Block) -> None:
-        self.c_attn, self.norm_1 = _folded(block.ln_1, block.attn.c_attn)
-        self.c_fc, self.norm_2 = _folded(block.ln_2, block.mlp.c_fc)
-        self.attn_proj, self.attn_bias = _held(block.attn.c_proj), block.attn.c_proj.bias
-        self.mlp_proj, self.mlp_bias = _held(block.mlp.c_proj), block.mlp.c_proj.bias
+        self.c_attn, self.norm_1 = folded(block.ln_1, block.attn.c_attn)
+        self.c_fc, self.norm_2 = folded(block.ln_2, block.mlp.c_fc)
+        self.attn_proj, self.attn_bias = weight_and_bias(block.attn.c_proj)
+        self.mlp_proj, self.mlp_bias = weight_and_bias(block.mlp.c_proj)
 
 
 class FusedStep:
@@ -37,9 +37,10 @@ class FusedStep:
         self.eps = model.config.layer_norm_epsilon
         self.wpe = model.wpe.weight
         self.wte = embedding_weight(model)
-        self.blocks = [FusedBlock(block) for block in model.h]
-        # The weight of the norm that reads the stream after each addition to it, in order.
-        self.gammas = [norm.weight for block in model.h for norm in (block.ln_1, block.ln_2)] + [model.ln_f.weight]
+        self.blocks = [FusedBlock(block) for block in blocks(model)]
+        # The weight of the norm that reads the stream, in order: after the embedding, and after each sum.
+        norms = [norm for block in blocks(model) for norm in (block.ln_1, block.ln_2)] + [model.ln_f]
+        self.gammas = [norm.weight for norm in norms]
         self.norm_f = kernels.fold_norm(self.wte, model.ln_f.weight, model.ln_f.bias)
         self.stream: Stream | None = None
         self.parts: Parts | None = None
@@ -81,22 +82,26 @@ def fused_step(model: GPT, batch_size: int) -> FusedStep | None:
     They do for models whose blocks are all int4 with groups of a multiple of 64, in fp16, on an NVIDIA GPU of sm_80
     or newer, and up to 8 sequences.
     """
-    linears = [layer for b in model.h for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
-    fits = all(
-        isinstance(layer, Int4Linear)
-        and isinstance(layer.held, PreparedWeight)
-        and kernels.can_fuse(layer.held, model.wpe.weight.dtype)
-        for layer in linears
-    )
-    return FusedStep(model) if fits and batch_size <= MOST_SEQUENCES and model.config.n_embd % 64 == 0 else None
+    if model.config.n_embd % BLOCK:
+        return None
+    linears = [layer for b in blocks(model) for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
+    dtype = model.wpe.weight.dtype
+    fits = all(isinstance(layer, Int4Linear) and kernels.can_fuse(layer.held, dtype, batch_size) for layer in linears)
+    return FusedStep(model) if fits else None
 
 
-def _held(layer: nn.Module) -> PreparedWeight:
+def blocks(model: GPT) -> list[Block]:
+    """The transformer blocks."""
+    return [block for block in model.h if isinstance(block, Block)]
+
+
+def weight_and_bias(layer: nn.Module) -> tuple[PreparedWeight, Tensor]:
+    """An int4 layer's weight, prepared for the kernels, and its bias."""
     assert isinstance(layer, Int4Linear)
-    held = layer.held
-    return held if isinstance(held, PreparedWeight) else kernels.prepare(held)
+    return prepared(layer), layer.bias
 
 
-def _folded(norm: nn.LayerNorm, layer: nn.Module) -> tuple[PreparedWeight, FoldedNorm]:
-    weight = _held(layer)
-    return weight, kernels.fold_norm(weight, norm.weight, norm.bias, layer.bias)
+def folded(norm: nn.LayerNorm, layer: nn.Module) -> tuple[PreparedWeight, FoldedNorm]:
+    """An int4 layer's weight, and what is left of the norm before it and of its bias (`kernels.fold_norm`)."""
+    weight, bias = weight_and_bias(layer)
+    return weight, kernels.fold_norm(weight, norm.weight, norm.bias, bias)

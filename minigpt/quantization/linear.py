@@ -106,6 +106,12 @@ class Int4Weight(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
 
 
+def prepared(layer: Int4Weight) -> PreparedWeight:
+    """A layer's weight in the layout of the GPU's kernels: as it is held on a GPU, elsewhere made anew each time."""
+    held = layer.held
+    return held if isinstance(held, PreparedWeight) else kernels.prepare(layer.weight)
+
+
 class Int4Linear(Int4Weight):
     """y = x @ w^T + bias, as torch.nn.Linear, with w in int4.
 

@@ -31,5 +31,6 @@ class Calibrated:
 Method = DataFree | Calibrated
 
 CALIBRATED = {"gptq": Calibrated(gptq), "quantease": Calibrated(quantease), "gptaq": Calibrated(quantease, aim=0.25)}
-METHODS: dict[str, Method] = {**rtn.METHODS, "hqq": hqq, **CALIBRATED}
+DATA_FREE: dict[str, DataFree] = {**rtn.METHODS, "hqq": hqq}
+METHODS: dict[str, Method] = {**DATA_FREE, **CALIBRATED}
 SYMMETRIC = rtn.SYMMETRIC

@@ -46,6 +46,8 @@ from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization.linear import Int4Linear
 
+STEPS = 300
+BATCH_SIZE = 8  # windows a step
 # Adam moves a parameter by about its step size, at most, whatever the size of the gradient.
 CODE_TRAVEL = 0.25  # how far a position can get in all steps together, in codes: its step size follows from that ...
 CODE_RATE = 3e-3  # ... but is at most this
@@ -77,6 +79,13 @@ class TuningReport:
     kl_before: float
     kl_after: float
     codes_changed: float
+
+    def describe(self) -> str:
+        """All of it in a line."""
+        return (
+            f"tuning: KL divergence {self.kl_before:.5f} -> {self.kl_after:.5f} on text held back, best after "
+            f"{self.best_step} of {self.steps} steps; {100 * self.codes_changed:.2f}% of the codes changed"
+        )
 
 
 class TunableInt4Linear(nn.Module):
@@ -136,7 +145,7 @@ def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
 
 
 def tune(
-    model: GPT, reference: GPT, windows: Tensor, steps: int = 300, batch_size: int = 8, seed: int = 0
+    model: GPT, reference: GPT, windows: Tensor, steps: int = STEPS, batch_size: int = BATCH_SIZE, seed: int = 0
 ) -> TuningReport:
     """Tunes a model in place. Whatever happens, it ends as the best int4 model seen: at worst as it was given.
 
@@ -144,8 +153,8 @@ def tune(
         model: float32, in evaluation mode, its blocks' linear layers Int4Linear, by whichever method. (A model without
             any would have its biases and LayerNorms tuned: the FP control.)
         reference: the FP model that it was made from, float32, in evaluation mode, on the same device.
-        windows: int64 [n, T], calibration text, on any device. An eighth of them, at most MAX_HELD_BACK, is held back
-            to validate on. Of too little text, tuning learns the peculiarities.
+        windows: int64 [n, T], calibration text, on any device. The last eighth of them, at most MAX_HELD_BACK, is
+            held back to validate on. Of too little text, tuning learns the peculiarities.
         steps: updates. Each reads batch_size windows.
         batch_size: windows at a time.
         seed: for the order of the windows.
@@ -153,8 +162,7 @@ def tune(
     Raises:
         UserError: steps is less than 1, there is only one window, or the divergence is NaN or infinite.
     """
-    if steps < 1:
-        raise UserError(f"--steps is {steps}, it must be at least 1")
+    check_steps(steps)
     if len(windows) < 2:
         raise UserError(
             f"tuning needs at least 2 windows of {windows.shape[1]} tokens, one of them to validate on, and the "
@@ -162,7 +170,7 @@ def tune(
         )
     windows = windows.to(model.wte.weight.device)
     n_held_back = min(MAX_HELD_BACK, -(-len(windows) // 8))
-    held_back, training = windows[:n_held_back], windows[n_held_back:]
+    training, held_back = windows[:-n_held_back], windows[-n_held_back:]  # the first ones, methods may have seen
     layers = make_tunable(model, reference)
     codes_before = {name: layer.codes().to(torch.uint8) for name, layer in layers.items()}
     best_step, best_state = 0, snapshot(model)
@@ -189,6 +197,12 @@ def tune(
             model.set_submodule(name, layer.to_int4())
     weights = sum(codes.numel() for codes in codes_before.values())
     return TuningReport(steps, best_step, kl_before, best, changed / max(1, weights))
+
+
+def check_steps(steps: int) -> None:
+    """Raises UserError unless there is at least one."""
+    if steps < 1:
+        raise UserError(f"--steps is {steps}, it must be at least 1")
 
 
 def make_tunable(model: GPT, reference: GPT) -> dict[str, TunableInt4Linear]:

@@ -272,7 +272,7 @@ def test_notes_are_kept_in_the_checkpoint(tmp_path, model, windows):
     from minigpt.quantization import gptq_format
 
     list(quantize_model(model, METHODS["gptq"], 16, windows))
-    described = gptq_format.describe("gptq", 16, False, {"text": "demo", "tokens": 720, "seed": 0})
+    described = gptq_format.describe("gptq", 16, False, calibration={"text": "demo", "tokens": 720, "seed": 0})
     checkpoint.save(model, tmp_path, quantization=described)
     assert described["meta"]["calibration"] == {"text": "demo", "tokens": 720, "seed": 0}
     loaded = checkpoint.load(tmp_path, torch.float32)
