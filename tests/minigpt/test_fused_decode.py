@@ -141,7 +141,7 @@ def pretend(monkeypatch, model):
     for module in model.modules():
         if isinstance(module, Int4Linear) and not isinstance(module.held, PreparedWeight):
             module.hold(kernels.prepare(module.weight))
-    monkeypatch.setattr(kernels, "can_fuse", lambda weight, dtype: weight.group_size % 64 == 0)
+    monkeypatch.setattr(kernels, "can_fuse", lambda weight, dtype, tokens: tokens <= 8 and weight.group_size % 64 == 0)
 
 
 def test_whom_it_serves(monkeypatch):
@@ -154,7 +154,7 @@ def test_whom_it_serves(monkeypatch):
     assert fused_step(narrow, 1) is None
     odd = make_model(n_embd=96, n_head=3, group_size=96)
     pretend(monkeypatch, odd)
-    monkeypatch.setattr(kernels, "can_fuse", lambda weight, dtype: True)
+    monkeypatch.setattr(kernels, "can_fuse", lambda *_: True)
     assert fused_step(odd, 1) is None
     assert fused_step(dense(model).half(), 1) is None
 
@@ -174,19 +174,21 @@ def test_no_fused_step_on_a_cpu(embedding):
 
 
 def test_which_weights_the_kernels_take(monkeypatch):
-    """In fp16, on a GPU that has mma.sync, with groups of whole blocks."""
+    """In fp16, on a GPU that has mma.sync and room for the tokens, with groups of whole blocks."""
     common = pytest.importorskip("kernels.common", reason="Triton is for Linux only")
-    monkeypatch.setattr(common, "has_mma", lambda device: device == "new")
+    monkeypatch.setattr(common, "has_mma", lambda device: device != "old")
+    monkeypatch.setattr(common, "shared_memory", lambda device: {"new": 227, "small": 99}[device] * 1024)
 
-    def weight(device="new", is_cuda=True, group_size=64):
-        return PreparedWeight(SimpleNamespace(device=device, is_cuda=is_cuda), None, 768, group_size)
+    def fits(tokens=1, dtype=torch.float16, device="new", is_cuda=True, k=768, group_size=64):
+        codes = SimpleNamespace(device=device, is_cuda=is_cuda, shape=(48, k // 64, 16, 16))
+        return kernels.can_fuse(PreparedWeight(codes, None, k, group_size), dtype, tokens)
 
-    assert kernels.can_fuse(weight(), torch.float16) and kernels.can_fuse(weight(group_size=192), torch.float16)
-    assert not kernels.can_fuse(weight(), torch.bfloat16) and not kernels.can_fuse(weight(), torch.float32)
-    assert not kernels.can_fuse(weight(device="old"), torch.float16)
-    assert not kernels.can_fuse(weight(is_cuda=False), torch.float16)
-    assert not kernels.can_fuse(weight(group_size=32), torch.float16)
-    assert not kernels.can_fuse(weight(group_size=96), torch.float16)
+    assert fits() and fits(8) and fits(group_size=192) and fits(8, k=8192)
+    assert not fits(9) and not fits(dtype=torch.bfloat16) and not fits(dtype=torch.float32)
+    assert not fits(device="old") and not fits(is_cuda=False)
+    assert not fits(group_size=32) and not fits(group_size=96) and not fits(k=16384)
+    assert fits(8, device="small", k=4096) and fits(1, device="small", k=6400)
+    assert not fits(2, device="small", k=6400)
 
 
 # ---- on a GPU
