@@ -108,7 +108,9 @@ def test_one_object_for_batches_and_caches_of_any_size():
     model = make_model()
     twin, step = dense(model), FusedStep(model)
     for lengths, room in (((9,), 20), ((1, 5, 3), 100), ((9,), 300), ((2,), 20), ((140, 3, 7), 10), ((9,), 20)):
-        check_steps(step, twin, read(model, twin, lengths, room), n_steps=2)
+        state = read(model, twin, lengths, room)
+        check_steps(step, twin, state, n_steps=2)
+        assert step.parts is not None and step.parts.length == state[2].k[0].shape[2]
 
 
 def test_up_to_the_last_position():
