@@ -1,11 +1,17 @@
 """The directions in which imports may run: scripts -> minigpt -> kernels, and no further than the house allows."""
 
 import ast
+import re
 
 import pytest
 from conftest import ROOT
 
-PUBLIC_KERNELS = "kernels"
+REFERENCE = "kernels.k00_reference"
+SHARED = {
+    f"kernels.{name}"
+    for name in ("common", "prepared", "activations", "parts", "int8", "row_tiles", "stream")
+}  # fmt: skip
+LESSON = re.compile(r"k\d\d_\w+")
 
 
 def imports(path):
@@ -33,22 +39,16 @@ def test_kernels_know_torch_and_triton_only(path):
 
 
 @pytest.mark.parametrize("path", files("kernels"), ids=lambda p: p.name)
-def test_lessons_import_only_the_reference_and_the_harness(path):
-    """And, from lesson 6 on, the layout of prepared weights; lesson 16, int8's format."""
-    if path.name == "k00_reference.py":
-        assert not any(name.startswith("kernels.") for name in imports(path))
-    elif path.name in ("common.py", "prepared.py", "activations.py", "parts.py") or path.name.startswith("k"):
-        allowed = (
-            "kernels.k00_reference",
-            "kernels.common",
-            "kernels.prepared",
-            "kernels.activations",
-            "kernels.parts",
-            "kernels.int8",
-        )
-        for name in imports(path):
-            if name.startswith("kernels"):
-                assert name.startswith(allowed) or name == "kernels", name
+def test_lessons_import_only_what_they_share(path):
+    """The reference, the harness, formats and layouts, and pieces of kernels; never another lesson."""
+    name = f"kernels.{path.stem}"
+    used = {".".join(used.split(".")[:2]) for used in imports(path) if used.startswith("kernels.")}
+    if name == REFERENCE:
+        assert not used
+    elif name in SHARED or LESSON.fullmatch(path.stem):
+        # `from kernels import parts` names a module, `from kernels import Int8Weight` what the package has made public.
+        modules = {module for module in used if (ROOT / f"{module.replace('.', '/')}.py").exists()}
+        assert modules <= SHARED | {REFERENCE}
 
 
 @pytest.mark.parametrize("path", files("minigpt"), ids=lambda p: p.name)

@@ -22,11 +22,14 @@ from triton.compiler import ASTSource
 from kernels import k01_quantize, k02_dequantize, k03_matmul, k04_w4a16
 
 
-def compile_for(target, kernel, dtypes, integers, options):
-    """Compiles `kernel` with pointer arguments of `dtypes`, int32 arguments `integers` and constexpr `options`."""
+def compile_for(target, kernel, dtypes, integers, options, floats=()):
+    """Compiles `kernel` with pointer arguments of `dtypes`, int32 arguments `integers` and constexpr `options`.
+
+    `floats` are fp32 arguments.
+    """
     constants = {k: v for k, v in options.items() if k in kernel.arg_names}
     signature = {**{name: f"*{dtype}" for name, dtype in dtypes.items()}, **dict.fromkeys(integers, "i32")}
-    signature.update(dict.fromkeys(constants, "constexpr"))
+    signature.update({**dict.fromkeys(floats, "fp32"), **dict.fromkeys(constants, "constexpr")})
     signature = {name: signature[name] for name in kernel.arg_names}
     # As at run time: pointers and sizes that are multiples of 16 are known to be, and loads get wide.
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*dtypes, *integers)}

@@ -34,6 +34,20 @@ def relative_error(out, expected):
 @pytest.mark.parametrize(
     ("gpu", "bits", "m", "n", "k", "group_size", "lesson"),
     [
+        ("sm_90", 16, 1, 2304, 768, 64, "k17_few_tokens"),
+        ("sm_90", 16, 8, 50257, 4096, 128, "k17_few_tokens"),
+        ("sm_90", 16, 8, 1600, 6400, 64, "k17_few_tokens"),
+        ("sm_90", 16, 8, 4096, 8192, 64, "k17_few_tokens"),
+        ("sm_90", 16, 8, 4097, 6400, 64, "k09_split_k"),
+        ("sm_90", 16, 1, 4096, 12800, 64, "k10_gemv"),
+        ("sm_90", 16, 16, 4800, 1600, 64, "k17_few_tokens"),
+        ("sm_90", 16, 9, 6400, 1600, 64, "k09_split_k"),
+        ("sm_90", 16, 9, 1600, 6400, 64, "k09_split_k"),  # 16 tokens of so many columns fill more than a block may have
+        ("sm_90", 16, 17, 768, 768, 64, "k09_split_k"),
+        ("sm_90", 16, 1, 768, 768, 32, "k10_gemv"),
+        ("sm_90", 16, 2, 768, 768, 96, "k09_split_k"),
+        ("sm_90", 8, 1, 768, 768, 64, "k13_w4a8"),
+        ("sm_100", 16, 1, 768, 768, 64, "k10_gemv"),
         ("sm_90", 16, 1, 8192, 8192, 128, "k10_gemv"),
         ("gfx942", 16, 1, 768, 768, 768, "k10_gemv"),
         ("sm_90", 16, 80, 8192, 8192, 128, "k09_split_k"),
@@ -273,7 +287,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tune, monkeypatch, tmp_pat
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation_bits", [16, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 1600])
-@pytest.mark.parametrize("m", [0, 1, 2, 17, 64, 300, 2048])
+@pytest.mark.parametrize("m", [0, 1, 2, 9, 17, 64, 300, 2048])
 def test_every_lesson_on_a_gpu(monkeypatch, tmp_path, autotune, dtype, activation_bits, group_size, m):
     monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path))
     monkeypatch.setenv("MINIGPT_AUTOTUNE", autotune)
@@ -288,7 +302,7 @@ def test_every_lesson_on_a_gpu(monkeypatch, tmp_path, autotune, dtype, activatio
 @pytest.mark.gpu
 @pytest.mark.parametrize("autotune", ["0", "1"])
 @pytest.mark.parametrize("activation_bits", [16, 8])
-@pytest.mark.parametrize("m", [1, 5, 300])
+@pytest.mark.parametrize("m", [1, 5, 12, 300])
 def test_captured_in_a_graph(monkeypatch, tmp_path, autotune, activation_bits, m):
     monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path))
     monkeypatch.setenv("MINIGPT_AUTOTUNE", autotune)

@@ -25,8 +25,9 @@ def test_reference_lesson_shows_the_format():
 def test_check_agrees(lesson):
     result = run("-m", f"kernels.{lesson}", "--check")
     assert result.returncode == 0, result.stdout + result.stderr
-    if "skip  wgmma needs a Hopper GPU" in result.stdout:
-        pytest.skip("needs a Hopper GPU (H100, H200)")
+    for instruction, gpu in (("wgmma", "Hopper GPU (H100, H200)"), ("mma.sync", "NVIDIA GPU of sm_80 or newer")):
+        if f"skip  {instruction} needs a" in result.stdout:
+            pytest.skip(f"needs a {gpu}")
     assert "all agree" in result.stdout
 
 

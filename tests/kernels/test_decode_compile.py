@@ -1,0 +1,220 @@
+"""Lessons 17 to 20, compiled ahead of time for GPUs that are not here: they fit, and load the weight before they wait.
+
+This file runs itself as a program of its own, because the interpreter, in which the other tests run the kernels, is
+chosen for a whole process. Lessons 17, 18 and the output layer of 20 are Gluon, which has no interpreter at all.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+# Bytes of shared memory that a block may use (CUDA C++ programming guide, table of limits).
+SHARED_MEMORY = {arch: kilobytes * 1024 for arch, kilobytes in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227))}
+SHARED_MEMORY[120] = 99 * 1024
+WEIGHT = {"codes_ptr": "i16", "scale_zeros_ptr": "i32"}
+
+
+def block_m(m):
+    """As the launchers choose it."""
+    return 1 if m == 1 else 8 if m <= 8 else 16
+
+
+def lesson_17(dtype, m, n, k):
+    from kernels import k17_few_tokens as lesson
+
+    pointers = {"x_ptr": dtype, **WEIGHT, "bias_ptr": dtype, "out_ptr": dtype}
+    options = {"HAS_BIAS": True, "GROUP_SIZE": 64, "BLOCK_M": block_m(m), **lesson.launch_options(n, k)}
+    return lesson.few_tokens_kernel, pointers, options
+
+
+def lesson_18(way, m, k):
+    """way: norm, gelu (norm and GELU) or add."""
+    from kernels import k18_fused_layers as lesson
+
+    pointers = {"x_ptr": "fp16", **WEIGHT, "folded_ptr": "fp32", "gamma_ptr": "fp16", "residual_ptr": "fp32"}
+    pointers |= {"bias_ptr": "fp16" if way == "add" else "fp32", "sums_ptr": "fp32", "out_ptr": "fp16"}
+    options = {"NORM": way != "add", "GELU": way == "gelu", "ADD": way == "add", "GROUP_SIZE": 64}
+    options |= {"TILES": 1 << (k // 16 - 1).bit_length(), "BLOCK_M": block_m(m), **lesson.launch_options(k)}
+    return lesson.fused_kernel, pointers, options
+
+
+def lesson_20(m, k):
+    from kernels import k20_step_ends as lesson
+
+    pointers = {"x_ptr": "fp16", "codes_ptr": "i8", "scales_ptr": "fp16", "bias_ptr": "fp32", "folded_ptr": "fp32"}
+    pointers |= {"sums_ptr": "fp32", "out_ptr": "fp16", "best_ptr": "fp32", "index_ptr": "i32"}
+    options = {"TILES": 1 << (k // 16 - 1).bit_length(), "BLOCK_M": block_m(m), "STEP": 2, "num_warps": 2}
+    return lesson.output_kernel, pointers, options
+
+
+def gluon_variants():
+    """Arch, tokens, and what the launchers make of GPT-2's layers there: kernel, pointers, options."""
+    for m, k in ((1, 768), (8, 768), (16, 768), (1, 1024), (8, 1280), (1, 1600), (8, 1600), (16, 1600), (1, 3072)):
+        yield 90, m, k, lesson_17("fp16", m, 4 * k, k)
+    for m, k in ((16, 4096), (1, 6400), (8, 6400)):
+        yield 90, m, k, lesson_17("fp16", m, 1600, k)
+    yield 90, 8, 1600, lesson_17("bf16", 8, 4800, 1600)
+    for way, m, k in (("norm", 1, 768), ("gelu", 1, 1600), ("add", 8, 1280), ("add", 8, 3072), ("add", 8, 6400)):
+        yield 90, m, k, lesson_18(way, m, k)
+    yield 90, 1, 768, lesson_20(1, 768)
+    for arch in SHARED_MEMORY:
+        yield arch, 1, 6400, lesson_17("fp16", 1, 1600, 6400)
+        yield arch, 8, 1600, lesson_18("gelu", 8, 1600)
+        yield arch, 8, 3072, lesson_18("add", 8, 3072)
+        yield arch, 1, 6400, lesson_18("add", 1, 6400)
+        yield arch, 8, 1600, lesson_20(8, 1600)
+    yield 80, 16, 1600, lesson_17("bf16", 16, 4800, 1600)
+    yield 86, 8, 6400, lesson_18("add", 8, 6400)
+
+
+def triton_variants():
+    """Kernel, pointers, integers, options: attention, and what the embedding and the choice of a token take."""
+    from kernels import k19_attention, k20_step_ends
+
+    parts = dict.fromkeys(("outs_ptr", "tops_ptr", "totals_ptr"), "fp32") | {"arrived_ptr": "i32"}
+    pointers = {"positions_ptr": "i64", **dict.fromkeys(("qkv_ptr", "k_ptr", "v_ptr", "out_ptr"), "fp16"), **parts}
+    options = {"D": 64, "BLOCK_D": 64, "BLOCK_L": 128, "SPLITS": 8, "num_warps": k19_attention.WARPS}
+    yield k19_attention.attention_kernel, pointers, ("H", "L"), options
+    yield k19_attention.attention_kernel, pointers, ("H", "L"), {**options, "D": 20, "BLOCK_D": 32, "SPLITS": 1}
+    for bits, wte, scales in ((16, "fp16", "fp16"), (8, "i8", "fp16"), (4, "i16", "i32")):
+        pointers = {"tokens_ptr": "i64", "positions_ptr": "i64", "wte_ptr": wte, "wte_scales_ptr": scales}
+        pointers |= {"wpe_ptr": "fp16", "gamma_ptr": "fp16", "residual_ptr": "fp32", "scaled_ptr": "fp16"}
+        options = {"BITS": bits, "GROUP_SIZE": 64, "TILES": 128, "num_warps": 4}
+        yield k20_step_ends.embed_kernel, {**pointers, "sums_ptr": "fp32"}, ("V", "C", "M"), options
+    pointers = {"best_ptr": "fp32", "index_ptr": "i32", "tokens_ptr": "i64"}
+    yield k20_step_ends.pick_kernel, pointers, ("programs", "M"), {"BLOCK": 4096, "num_warps": 8}
+
+
+def compile_gluon(arch, m, k, variant):
+    """Compiles a Gluon kernel; what it takes, and how it loads the weight's codes."""
+    import triton
+    from compile_kernels import resource_usage
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel, pointers, options = variant
+    options = {**options, "PDL": arch >= 90, **({"M": 1} if m == 1 else {})}  # an argument of 1 is compiled in
+    types = {name: f"*{pointed}" for name, pointed in pointers.items()}
+    types |= {"eps": "fp32"} | dict.fromkeys(options, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    # As at run time; GPT-2's vocabulary, the output layer's N, is odd.
+    sizes = ("K",) if kernel.__name__ == "output_kernel" else ("N", "K")
+    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *sizes)}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=options, attrs=divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": options["num_warps"]})
+    ptx = compiled.asm["ptx"]
+    before, wait, behind = ptx.partition("griddepcontrol.wait")
+    assert bool(wait) == (arch >= 90)
+    width = 4 if kernel.__name__ == "output_kernel" else 2  # words that a thread loads of codes at once
+    return {
+        "kernel": kernel.__name__,
+        "arch": arch,
+        "m": m,
+        "k": k,
+        "step": options["STEP"],
+        **resource_usage(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "mma": len(re.findall(r"\bmma\.sync\.aligned\.m16n8k16", ptx)),
+        "codes_before": len(re.findall(rf"ld\.global\.v{width}\.b32", before)),
+        "codes_behind": len(re.findall(rf"ld\.global\.v{width}\.b32", behind)),
+        "scales_before": len(re.findall(r"ld\.global\.b32", before)),
+    }
+
+
+def compile_triton(kernel, pointers, integers, options, arch):
+    from compile_kernels import compile_for, resource_usage
+    from triton.backends.compiler import GPUTarget
+
+    options = {**options, "PDL": arch >= 90}
+    floats = [name for name in kernel.arg_names if name == "scale"]
+    compiled = compile_for(GPUTarget("cuda", arch, 32), kernel, pointers, integers, options, floats)
+    before, _, behind = compiled.asm["ptx"].partition("griddepcontrol.wait")
+    return {
+        "kernel": kernel.__name__,
+        "arch": arch,
+        "options": options,
+        **resource_usage(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "wide_loads_before": len(re.findall(r"ld\.global\.v4\.b32", before)),
+        "stores_before": len(re.findall(r"st\.global", before)) if arch >= 90 else 0,
+        "wide_loads_behind": len(re.findall(r"ld\.global\.v4\.b32", behind)),
+    }
+
+
+def is_xl_on_a_small_gpu(result):
+    """Eight tokens of 6400 columns, 128 KiB: one that does not fit, and that is not launched."""
+    return (result["arch"], result.get("m"), result.get("k")) == (86, 8, 6400)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    from conftest import ROOT
+
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_they_fit_and_spill_nothing(compiled):
+    """A few words on the stack are the assembler's own; spilled registers are more."""
+    for result in (*compiled["gluon"], *compiled["triton"]):
+        assert result["stack"] <= 32, result
+        assert result["shared"] <= SHARED_MEMORY[result["arch"]] or is_xl_on_a_small_gpu(result), result
+
+
+def test_the_front_door_knows_what_fits(compiled, monkeypatch):
+    """Lesson 18's tokens must all be in shared memory, and not every GPU has as much."""
+    import torch
+
+    from kernels import PreparedWeight, can_fuse, common
+
+    monkeypatch.setattr(common, "has_mma", lambda device: True)
+    monkeypatch.setattr(common, "shared_memory", lambda device: SHARED_MEMORY[device])
+    answers = set()
+    for result in [result for result in compiled["gluon"] if result["kernel"] == "fused_kernel"]:
+        codes = SimpleNamespace(is_cuda=True, device=result["arch"], shape=(1, result["k"] // 64, 16, 16))
+        answer = can_fuse(PreparedWeight(codes, None, result["k"], 64), torch.float16, result["m"])
+        assert answer == (result["shared"] <= SHARED_MEMORY[result["arch"]]), result
+        answers.add(answer)
+    assert answers == {True, False}
+
+
+def test_every_block_goes_through_the_tensor_cores(compiled):
+    """A block of 64 columns is four instructions, or eight for 16 tokens; a warp has `step` of them."""
+    for result in compiled["gluon"]:
+        assert result["mma"] == result["step"] * (8 if result["m"] > 8 else 4), result
+
+
+def test_the_weight_is_asked_for_before_the_wait(compiled):
+    """Lessons 17 and 18: all of it. A thread loads a part of two rows of a tile, 8 bytes of codes each, and two scales.
+
+    Lesson 20's output layer: two steps, 16 bytes each; the others come in the loop.
+    """
+    for result in [result for result in compiled["gluon"] if result["arch"] >= 90]:
+        assert result["codes_before"] == 2 * result["step"], result
+        if result["kernel"] != "output_kernel":
+            assert result["scales_before"] >= 2 * result["step"] and result["codes_behind"] == 0, result
+
+
+def test_lesson_19_has_its_keys_and_values_before_the_wait(compiled):
+    """16 bytes a load; and nothing is stored before the kernel ahead has ended."""
+    attention = [r for r in compiled["triton"] if r["kernel"] == "attention_kernel" and r["options"]["D"] == 64]
+    for result in attention:
+        assert result["wide_loads_before"] >= 16, result
+    assert len(attention) == 2
+    assert all(result["stores_before"] == 0 for result in compiled["triton"])
+
+
+if __name__ == "__main__":
+    gluon = [compile_gluon(*variant) for variant in gluon_variants()]
+    plain = [compile_triton(*variant, arch) for variant in triton_variants() for arch in (80, 90)]
+    print(json.dumps({"gluon": gluon, "triton": plain}))
