@@ -11,6 +11,7 @@ import importlib
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.front_door import HAS_TRITON
@@ -104,6 +105,5 @@ def _lesson(name: str) -> Any:  # noqa: ANN401
 
 
 def _normed_product(stream: Stream, w: Tensor, norm: FoldedNorm, eps: float) -> Tensor:
-    mean, square = (stream.sums.sum(0) / stream.residual.shape[1]).unsqueeze(-1).unbind(1)  # each [M, 1]
-    product = torch.nn.functional.linear(stream.scaled.to(w.dtype), w).float()  # [M, N]
-    return (product - mean * norm.folded) * torch.rsqrt(square - mean * mean + eps) + norm.bias
+    x = F.layer_norm(stream.residual, stream.residual.shape[1:], norm.gamma.float(), eps=eps)  # [M, K]
+    return F.linear(x.to(w.dtype), w).float() + norm.bias  # [M, N]

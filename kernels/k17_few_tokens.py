@@ -114,10 +114,11 @@ def launch_options(n: int, k: int) -> dict[str, int]:
 
 
 def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
-    """x @ w^T + bias for 1 to 8 tokens with an int4 weight, accumulated in float32; the same bits every time.
+    """x @ w^T + bias for 1 to 16 tokens with an int4 weight, accumulated in float32; the same bits every time.
 
     Args:
-        x: float16 or bfloat16 [..., K], with 1 to 8 tokens, on an NVIDIA GPU of sm_80 or newer.
+        x: float16 or bfloat16 [..., K], with 1 to 16 tokens, on an NVIDIA GPU of sm_80 or newer. K is at most 8192,
+            with more than 8 tokens 4096.
         weight: of [N, K]; group size a multiple of 64.
         bias: floating [N].
 
@@ -134,6 +135,8 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     if not common.has_mma(x.device):
         raise ValueError(f"x is on {x.device}, this kernel needs an NVIDIA GPU of sm_80 or newer")
     x_2d = x.reshape(-1, k).contiguous()
+    if x_2d.data_ptr() % 16:
+        x_2d = x_2d.clone()  # it is copied to shared memory 16 bytes at a time
     m = x_2d.shape[0]
     if not 1 <= m <= MOST_TOKENS:
         raise ValueError(f"x has shape {list(x.shape)}, this kernel multiplies 1 to {MOST_TOKENS} tokens of {k}")

@@ -152,7 +152,13 @@ def launch(
     gelu: bool = False,
     gamma: Tensor | None = None,
 ) -> None:
-    """Launches the kernel for 1 to 8 tokens, x [M, K] -> out [M, N]."""
+    """Launches the kernel for 1 to 8 tokens, x [M, K] -> out [M, N].
+
+    Raises:
+        ValueError: there are more.
+    """
+    if len(x) > 8:
+        raise ValueError(f"x has shape {list(x.shape)}, this kernel multiplies at most 8 tokens")
     fused_kernel[(triton.cdiv(weight.out_features, TILE_ROWS),)](
         x,
         weight.codes,
@@ -173,7 +179,7 @@ def launch(
         ADD=gamma is not None,
         TILES=triton.next_power_of_2(triton.cdiv(weight.in_features, TILE_ROWS)),
         GROUP_SIZE=weight.group_size,
-        BLOCK_M=1 if len(x) == 1 else 8 if len(x) <= 8 else 16,
+        BLOCK_M=1 if len(x) == 1 else 8,
         **launch_options(weight.in_features),
         **common.early_launch(),
     )

@@ -145,6 +145,9 @@ def attention_kernel(
 def attend(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts: Parts) -> Tensor:
     """Writes a new token's key and value into the cache, and attends from it to all up to itself.
 
+    The cache up to there, and `positions`, are read while the kernel ahead may still be running: whatever wrote them
+    must be further ahead than that, as in a decode step it is.
+
     Args:
         qkv: float16 [B, 3C]: query, key and value of one new token for each sequence, C = H * D.
         k, v: float16 [B, H, L, D], the cache; changed at `positions`.

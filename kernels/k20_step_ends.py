@@ -229,10 +229,11 @@ def pick_kernel(
     tokens_ptr,  # int64 [M]
     programs,
     M,
+    N,
     BLOCK: tl.constexpr,  # at least `programs`, a power of two
     PDL: tl.constexpr,
 ):
-    """The best of the programs' best, for one token."""
+    """The best of the programs' best, for one token. Where none is best, all being NaN, it is still a token."""
     m = tl.program_id(0)
     offs = tl.arange(0, BLOCK)
     if PDL:
@@ -240,7 +241,8 @@ def pick_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     scores = tl.load(best_ptr + offs * M + m, mask=offs < programs, other=float("-inf"))
     index = tl.load(index_ptr + offs * M + m, mask=offs < programs, other=2147483647)
-    tl.store(tokens_ptr + m, tl.min(tl.where(scores == tl.max(scores, 0), index, 2147483647), 0).to(tl.int64))
+    best = tl.min(tl.where(scores == tl.max(scores, 0), index, 2147483647), 0)
+    tl.store(tokens_ptr + m, tl.minimum(best, N - 1).to(tl.int64))
 
 
 def embed(
@@ -299,12 +301,14 @@ def score_and_pick(stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float
     programs, m = best.shape
     tokens = torch.empty((m, 1), dtype=torch.int64, device=out.device)
     block = triton.next_power_of_2(programs)
-    pick_kernel[(m,)](best, index, tokens, programs, m, BLOCK=block, num_warps=8, **common.early_launch())
+    pick_kernel[(m,)](best, index, tokens, programs, m, out.shape[1], BLOCK=block, num_warps=8, **common.early_launch())
     return out, tokens
 
 
 def _launch(stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     m, k = stream.residual.shape
+    if m > 8:
+        raise ValueError(f"the stream has {m} tokens, this kernel takes at most 8")
     n, device = wte.out_features, stream.residual.device
     programs = triton.cdiv(n, TILE_ROWS)
     out = torch.empty((m, n), dtype=torch.float16, device=device)

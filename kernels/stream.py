@@ -56,10 +56,12 @@ class FoldedNorm(NamedTuple):
     Attributes:
         folded: fp32 [N], gamma w^T.
         bias: fp32 [N], beta w^T + b.
+        gamma: floating [K], the LayerNorm's weight as it is, for whoever normalises before multiplying.
     """
 
     folded: Tensor
     bias: Tensor
+    gamma: Tensor
 
 
 def fold_norm(
@@ -68,7 +70,7 @@ def fold_norm(
     """Takes a LayerNorm's weight and bias, floating [K], into the linear layer behind it, w [N, K] and bias [N]."""
     w = values(weight)
     bias = torch.zeros(len(w), device=w.device) if bias is None else bias
-    return FoldedNorm(w.float() @ gamma.float(), w.float() @ beta.float() + bias.float())
+    return FoldedNorm(w.float() @ gamma.float(), w.float() @ beta.float() + bias.float(), gamma)
 
 
 def values(weight: Tensor | Int8Weight | PreparedWeight) -> Tensor:

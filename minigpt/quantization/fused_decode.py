@@ -4,6 +4,7 @@ A step for one token is short of arithmetic and of bytes: what it has too much o
 plain layers a block takes some fifteen; here LayerNorm, bias, GELU and the residual sum are parts of the matmuls.
 """
 
+import torch
 from torch import Tensor, nn
 
 import kernels
@@ -28,8 +29,8 @@ class FusedBlock:
 class FusedStep:
     """Computes a step's logits, as `minigpt.decode.StepLogits`, for up to 8 sequences.
 
-    It shares the model's int4 weights, and keeps buffers for the batch that it has seen last. Biases and LayerNorms
-    are read when it is made: a model changed afterwards needs a new one.
+    It shares the model's int4 weights, and keeps buffers for each batch size and cache length. Biases and LayerNorms are
+    read when it is made: a model changed afterwards needs a new one.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -42,13 +43,15 @@ class FusedStep:
         norms = [norm for block in blocks(model) for norm in (block.ln_1, block.ln_2)] + [model.ln_f]
         self.gammas = [norm.weight for norm in norms]
         self.norm_f = kernels.fold_norm(self.wte, model.ln_f.weight, model.ln_f.bias)
-        self.stream: Stream | None = None
-        self.parts: Parts | None = None
+        self.streams: dict[int, Stream] = {}  # by batch size
+        self.parts: dict[tuple[int, int], Parts] = {}  # by batch size and cache length
 
+    @torch.no_grad()
     def __call__(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """tokens, positions: int64 [B, 1]; -> logits of the next tokens, float16 [B, V]."""
         return kernels.score(self._stream(tokens, positions, cache), self.wte, self.norm_f, self.eps)
 
+    @torch.no_grad()
     def greedy(self, tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         """The same, but -> the likeliest next tokens, int64 [B, 1]."""
         return kernels.best_tokens(self._stream(tokens, positions, cache), self.wte, self.norm_f, self.eps)
@@ -66,27 +69,34 @@ class FusedStep:
         return stream
 
     def _buffers(self, batch_size: int, cache: KVCache) -> tuple[Stream, Parts]:
+        """The stream and the attention's scratch. They stay where they are: a captured graph may be replayed."""
         device, c = cache.k[0].device, self.config
         length = cache.k[0].shape[2]
-        if self.stream is None or len(self.stream.residual) != batch_size:
-            self.stream = Stream.zeros(batch_size, c.n_embd, device)
-            self.parts = None
-        if self.parts is None or self.parts.length != length:
-            self.parts = Parts.empty(batch_size, c.n_head, c.n_embd // c.n_head, length, device)
-        return self.stream, self.parts
+        with torch.inference_mode(False):
+            if batch_size not in self.streams:
+                self.streams[batch_size] = Stream.zeros(batch_size, c.n_embd, device)
+            if (batch_size, length) not in self.parts:
+                parts = Parts.empty(batch_size, c.n_head, c.n_embd // c.n_head, length, device)
+                self.parts[batch_size, length] = parts
+        return self.streams[batch_size], self.parts[batch_size, length]
 
 
 def fused_step(model: GPT, batch_size: int) -> FusedStep | None:
     """The fused step for a model and as many sequences, or None where the kernels do not serve it.
 
-    They do for models whose blocks are all int4 with groups of a multiple of 64, in fp16, on an NVIDIA GPU of sm_80
-    or newer, and up to 8 sequences.
+    They do for models whose blocks are all int4 with groups of a multiple of 64, activations in fp16, on an NVIDIA GPU
+    of sm_80 or newer, and up to 8 sequences.
     """
     if model.config.n_embd % BLOCK:
         return None
     linears = [layer for b in blocks(model) for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
     dtype = model.wpe.weight.dtype
-    fits = all(isinstance(layer, Int4Linear) and kernels.can_fuse(layer.held, dtype, batch_size) for layer in linears)
+    fits = all(
+        isinstance(layer, Int4Linear)
+        and layer.activation_bits == 16
+        and kernels.can_fuse(layer.held, dtype, batch_size)
+        for layer in linears
+    )
     return FusedStep(model) if fits else None
 
 
