@@ -90,7 +90,7 @@ def triton_variants():
         options = {"BITS": bits, "GROUP_SIZE": 64, "TILES": 128, "num_warps": 4}
         yield k20_step_ends.embed_kernel, {**pointers, "sums_ptr": "fp32"}, ("V", "C", "M"), options
     pointers = {"best_ptr": "fp32", "index_ptr": "i32", "tokens_ptr": "i64"}
-    yield k20_step_ends.pick_kernel, pointers, ("programs", "M"), {"BLOCK": 4096, "num_warps": 8}
+    yield k20_step_ends.pick_kernel, pointers, ("programs", "M", "N"), {"BLOCK": 4096, "num_warps": 8}
 
 
 def compile_gluon(arch, m, k, variant):
