@@ -7,8 +7,8 @@
     python quantize.py gpt2 --method tune                               and tuned: the least loss; wants a GPU
 
 The blocks' linear layers become int4; the token embedding, which is the output layer as well, becomes int8, or what
---embedding says; the rest becomes fp16. It runs on a GPU if there is one, and gives the same codes elsewhere, but for
-methods that look at text, up to rounding. `python eval.py` then says what it cost.
+--embedding says; the rest becomes fp16. Where there is a GPU it is used; methods that look at the weights alone give
+the same codes with and without. `python eval.py` then says what it cost.
 """
 
 import argparse

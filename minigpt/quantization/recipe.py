@@ -101,7 +101,7 @@ def check_calibration_arguments(args: argparse.Namespace, recipes: Sequence[Reci
     Raises:
         UserError: a flag that nothing would read, or no step.
     """
-    names = ", ".join(map(str, recipes))
+    names = ", ".join(map(str, recipes)) or "these peers"
     if args.calibration and not calibrated:
         raise UserError(f"--calibration is for {', '.join(CALIBRATED)}, awq+METHOD and METHOD+tune, not for {names}")
     if args.steps is not None and not any(recipe.tune for recipe in recipes):
