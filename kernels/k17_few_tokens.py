@@ -25,7 +25,7 @@ So 2 microseconds, for anything up to 8 tokens.
 WHO READS WHAT. A program makes 16 rows of out^T. Its warps share the columns, a block of 64 in turn:
 
     block            0    1    2    3    4    5   ...       a warp's thread keeps 16 bytes of each of its blocks:
-    warp (of four)   0    1    2    3    0    1   ...       13 blocks are 52 registers: K = 6400 fits well
+    warp (of four)   0    1    2    3    0    1   ...       13 blocks are 52 registers: on eight warps K = 6400
 
 MEASURED on an H200 (results/k17_few_tokens.json: command, versions, date; group size 64), microseconds (times fp16):
 
@@ -34,16 +34,17 @@ MEASURED on an H200 (results/k17_few_tokens.json: command, versions, date; group
     M = 8        2.0 (2.2)   2.1 (3.6)   3.6 (1.9)   4.7 (2.2)   2.4 (2.5)   4.8 (2.2)
     M = 16       2.5 (1.8)   3.0 (2.6)   4.9 (1.4)       -       2.8 (2.1)   8.6 (1.2)
 
-As predicted for few bytes; 8192 x 2048 is bytes again, 9.4 MB at half the memory's pace. Lesson 10 took 2.5 to 5.3 for
-the last two, lesson 9 with its two kernels 4.4 to 8.1 for 8 tokens.
-  Where it fails: 8192 x 8192, 16 and 23 microseconds for one token and for eight (lessons 10 and 9: 15 and 17). All of
-K in registers leaves room for one program a multiprocessor, and there are four times as many.
-  Tried and failed (results/attempts.json). x into registers as well, each thread its own part: the assembler moves
-such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3 microseconds where
-it now takes 2.3. Unpacking the codes before the wait, while there is time: four registers of operands for one of
-codes, so fewer programs at a time, and 5.7 in place of 4.3 at 8192 x 2048.
-  A surprise: M = 4 took longer than M = 8 as long as the missing tokens were read as copies of the last. All programs
-then read the same few bytes five times over, and one slice of the L2 cache had to serve them.
+As predicted for few bytes; 8192 x 2048 is bytes again, 9.4 MB at half the memory's pace. Lesson 10 took 2.6 and 5.7 for
+the last two and one token, lesson 9 with its two kernels 4.5 and 8.3 for 16 (results/matmul.json, group size 128).
+  Where it fails: 8192 x 8192, 16 and 23 microseconds for one token and for eight, where lesson 10 takes 15 for one. All
+of K in registers leaves room for one program a multiprocessor, and there are four times as many.
+  Tried and failed (results/attempts.json, group size 128). x into registers as well, each thread its own part: the
+assembler moves such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3
+microseconds where it now takes 2.4. Unpacking the codes before the wait, while there is time: four registers of
+operands for one of codes, so fewer programs at a time, and 5.7 in place of 4.3 at 8192 x 2048.
+  A surprise: 4 tokens took longer than 8 (at 2048 x 2048 2.6 microseconds and 2.4) as long as the missing tokens were
+read as copies of the last. All programs then read the same few bytes five times over, and one slice of the L2 cache had
+to serve them.
 
 NEXT. A layer takes two microseconds, and between two of them lie a LayerNorm, a GELU or a sum, which take as long each
 (lesson 18). EXERCISE. Count the bytes that all programs together read of x, for 8192 x 2048 and M = 16, and compare
@@ -62,8 +63,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import common
 from kernels.k00_reference import quantize_reference
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
-from kernels.row_tiles import MOST_TOKENS, load_weight, multiply, share_tokens
+from kernels.row_tiles import load_weight, multiply, share_tokens
 
+MOST_TOKENS = 16
 MOST_COLUMNS = 8192  # of w: its codes, 16 blocks a warp, fill the registers
 MOST_NUMBERS = 65536  # of x, with tokens rounded up: 128 KB of shared memory
 
@@ -106,7 +108,7 @@ def few_tokens_kernel(
     gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
 
-def launch_options(n: int, k: int) -> dict[str, int]:
+def launch_options(k: int) -> dict[str, int]:
     """Rows a program, blocks of 64 columns a warp, warps: as many warps as it takes to hold all of K."""
     blocks = triton.cdiv(k, BLOCK)
     warps = 4 if blocks <= 4 * 13 else 8
@@ -146,7 +148,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
             f"x has shape {list(x.shape)}, for {m} tokens K is at most {min(MOST_COLUMNS, MOST_NUMBERS // block_m)}"
         )
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    options = launch_options(n, k)
+    options = launch_options(k)
     few_tokens_kernel[(triton.cdiv(n, options["ROWS"]),)](
         x_2d,
         weight.codes,

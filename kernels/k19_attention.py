@@ -28,16 +28,15 @@ and if there are several parts, a store, a counter and a load, each a trip to th
 MEASURED on an H200 (results/k19_attention.json: command, versions, date), microseconds, one sequence and eight:
 
     heads, length      12, 128     12, 512     12, 1024    25, 128     25, 512     25, 1024
-    one sequence       1.9         3.1         3.4         2.0         3.3         4.5
+    one sequence       1.9         3.0         3.4         2.0         3.3         4.5
     eight              2.4         6.2         9.2         3.3         11.3        17.2
-    torch, one         20          23          23          20          24          25
+    torch, one         20          23          23          20          23          25
 
 torch's own takes a mask, two copies into the cache and its attention kernel, in fp16. Eight sequences of 1024 reach
 65 to 73% of the memory's pace; one is all chain, as predicted.
   Tried and failed (results/attempts.json). A program a head: a step of GPT-2 124M at position 1000 took 226
-microseconds, and takes 169. 256 positions a program, or 64: 3 to 8% slower in most places. Programs that have nothing
-to do, and there are many, fetching the MLP's weights into the L2 cache meanwhile: attention took 6 microseconds in
-place of 4, and what followed became no faster. A step does not wait for bytes.
+microseconds, and takes 169. Programs that have nothing to do, and there are many, fetching the MLP's weights into the
+L2 cache meanwhile: a step of XL took 970 microseconds, without that 863. A step does not wait for bytes.
 
 NEXT. The step's two ends: where tokens become numbers, and numbers a token (lesson 20). EXERCISE. A counter costs a
 trip to the L2 cache. Let lesson 18's kernel join the parts instead, when it loads x. What must each program load then?

@@ -28,9 +28,9 @@ MEASURED on an H200 (results/k20_step_ends.json: command, versions, date), Layer
     logits only            17.3       21.3       33.7       42.7
     torch's fp16           47.6       72.7       78.4       128
 
-Predicted: 11 and 20. Half of the memory's pace is what kernels of this size reach here, lesson 17's as well; lesson 16,
-without tensor cores, LayerNorm and token, takes 13.6 at (768, 1) and 37.9 at (1600, 1), so tensor cores are no gain for
-one token at 768, and why is not yet understood. In a whole step of GPT-2 124M the best token brought along saves 15
+Predicted: 11 and 20. It reaches half of the memory's pace; lesson 16, without tensor cores, LayerNorm and token, takes
+13.6 at (768, 1), 70% of it, and 37.9 at (1600, 1). So tensor cores are no gain for one token at 768, and why is not yet
+understood. In a whole step of GPT-2 124M the best token brought along saves 15
 microseconds of 179.
 
 NEXT. All of a step is there: minigpt/quantization/fused_decode.py puts it together, 63 kernels for GPT-2 124M, captured
@@ -51,7 +51,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
 from kernels.int8 import Int8Weight, dequantize_int8, quantize_int8
-from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight
+from kernels.k00_reference import dequantize_reference, quantize_reference
+from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
 from kernels.row_tiles import as_left, as_right, load_sums, normalise
 from kernels.stream import FoldedNorm, Stream, fold_norm
 
@@ -291,6 +292,9 @@ def score(stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float) -> Tens
         wte: of [V, K]; K a multiple of 64.
         norm: made for `wte` by `fold_norm`.
         eps: the LayerNorm's.
+
+    Raises:
+        ValueError: there are more tokens.
     """
     return _launch(stream, wte, norm, eps)[0]
 
@@ -358,9 +362,6 @@ def check() -> Iterator[common.Check]:
 
 
 def _check_embed() -> Iterator[common.Check]:
-    from kernels.k00_reference import dequantize_reference, quantize_reference
-    from kernels.prepared import prepare
-
     v, c, m = 50, 192, 3
     weight = common.random_tensor(v, c, seed=1)
     int4 = quantize_reference(weight, 64)

@@ -1,4 +1,4 @@
-"""Sixteen rows of an int4 weight times up to eight tokens, on tensor cores, from registers: for lessons 17, 18 and 20.
+"""Sixteen rows of an int4 weight times eight or sixteen tokens, on tensor cores, from registers: lessons 17, 18 and 20.
 
 The instruction is mma.sync m16n8k16, which every tensor core since sm_80 has: a tile of 16 rows x 16 columns of w times
 16 columns x 8 tokens of x^T. A warp's 32 threads hold the operands. Thread 4r + t wants
@@ -24,8 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-MOST_TOKENS = 16
-# Two names have changed: in Triton 3.7 and 3.9.
+# `barrier` is so called since Triton 3.7, `async_load` since 3.9.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
@@ -88,7 +87,8 @@ def load_weight(
 ):
     """Blocks w, w + num_warps, w + 2 num_warps, ... for warp w: STEP codes [W, ROWS, 4, 4], STEP scale_zeros [W, ROWS].
 
-    Blocks past the end are copies of the last one, with scales of 0; rows past the end of N are copies as well.
+    Blocks past the end are copies of the last one, with scales of 0. Rows past the end of N are not stored: they may
+    hold anything finite.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [num_warps, 1, 1, 1], [3, 2, 1, 0])
     of_row: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))  # [W, ROWS]
@@ -125,7 +125,8 @@ def share_tokens(
 ):
     """All of x into shared memory, each number once: [blocks * BLOCK_M, 64], all tokens of block 0, of block 1, ...
 
-    Blocks past the end are copies of the last. Tokens past the end hold anything: no other token's result sees them.
+    K is a multiple of 64. Blocks past the end are copies of the last. Tokens past the end hold anything: no other
+    token's result sees them.
     """
     BLOCKS: gl.constexpr = power_of_two_above(STEP * num_warps)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])  # 16 bytes a thread
@@ -172,6 +173,7 @@ def left_operands(codes, words, DTYPE: gl.constexpr, mma: gl.constexpr):
     scale = (words & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
     scale = gl.convert_layout(scale, gl.SliceLayout(2, mma), assert_trivial=True)
     c0, c1, c2, c3 = unpack(codes)
+    # The odd ones are 1024 + 16 code: a sixteenth of that is 64 + code, and zero - 960 is 64 + zero.
     w0 = as_left((c0 - zero).to(DTYPE), mma)
     w1 = as_left((c1 * 0.0625 - (zero - 960.0)).to(DTYPE), mma)
     w2 = as_left((c2 - zero).to(DTYPE), mma)
@@ -215,7 +217,10 @@ def load_sums(
     BLOCK_M: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """The sums of x, and of its squares, over each 16 columns: two fp32 [TILES, BLOCK_M]."""
+    """The sums of x, and of its squares, over each 16 columns: two fp32 [TILES, BLOCK_M].
+
+    A warp has the sums of its tokens all to itself, 32 threads along the tiles; of a single token, each warp has all.
+    """
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, num_warps], [0, 1])
     tile = gl.arange(0, TILES, layout=gl.SliceLayout(1, layout))
     token = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
@@ -228,7 +233,7 @@ def load_sums(
 def total_of(sums, layout: gl.constexpr):
     """fp32 [TILES, BLOCK_M] -> for each token the sum, [1, BLOCK_M], or a number where there is a single token."""
     if sums.shape[1] == 1:
-        return gl.sum(gl.sum(sums, 0), 0)  # each warp by itself
+        return gl.sum(gl.sum(sums, 0), 0)  # within a warp: no barrier
     else:
         return gl.convert_layout(gl.sum(sums, 0), gl.SliceLayout(0, layout))[None, :]
 

@@ -5,6 +5,7 @@
 mean and deviation are x's. So whoever multiplies by w need not know them before it has multiplied: it takes gamma x,
 and corrects its sums, a number a row. gamma w^T and beta w^T + b do not depend on x: they are made at load time. And
 mean and deviation need no pass over x: each kernel that writes a piece of x leaves the sums of what it wrote.
+Attention, which comes between, has its scratch and its reference here as well.
 """
 
 from typing import NamedTuple
@@ -86,7 +87,9 @@ def gelu_reference(x: Tensor) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """Where the programs of a head leave what they found, for whichever of them is the last.
+    """Lesson 19's scratch: where the programs of a head leave what they found, for whichever of them is the last.
+
+    There is room for SPLITS parts, a power of two, at least one for each BLOCK_L positions of the cache.
 
     Attributes:
         outs: fp32 [B, H, SPLITS, BLOCK_D], the sums of values, weighted relative to the part's largest score.
@@ -117,7 +120,10 @@ class Parts(NamedTuple):
 
 
 def attend_reference(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-    """The same in plain torch, without Parts; in any dtype."""
+    """Lesson 19's attention in plain torch, in any dtype: writes the new key and value into k, v [B, H, L, D] too.
+
+    qkv: [B, 3C]; positions: int64 [B]. -> [B, C].
+    """
     batch_size, heads, length, head_size = k.shape
     rows = torch.arange(batch_size, device=k.device)
     q, new_k, new_v = qkv.view(batch_size, 3, heads, head_size).unbind(1)  # each [B, H, D]

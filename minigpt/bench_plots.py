@@ -40,7 +40,7 @@ GAPS, GAPS_COLOUR = "gaps", "#DDDDDD"
 
 # A line of the plot: is it int4, how it is computed (at each context the fastest counts), its name, colour, marker.
 LINES: tuple[tuple[bool, tuple[str, ...], str, str, str], ...] = (
-    (True, ("persistent", "fused"), "int4, fused kernels", ORANGE, "s"),
+    (True, ("fused",), "int4, fused kernels", ORANGE, "s"),
     (False, ("captured", "compiled"), "FP16, captured, and compiled where faster", BLUE, "o"),
     (False, ("eager",), "FP16, eager", GREY, "^"),
 )

@@ -172,7 +172,7 @@ def step_parts() -> str:
         for part, m, row, other in parts
     ]
     columns = ["part", "tokens", "microseconds", "torch, FP16", "times"]
-    return markdown(columns, lines) + f"\n\n{provenance(mlp[0])}"
+    return markdown(columns, lines) + f"\n\n{provenance(mlp[0]).replace('k18_fused_layers', 'LESSON')}"
 
 
 def matmul() -> str:
@@ -340,7 +340,6 @@ DECODE_WAYS = (
     ("int4", "eager", "int4"),
     ("int4", "captured", "int4 captured"),
     ("int4", "fused", "int4 fused"),
-    ("int4", "persistent", "int4 persistent"),
 )
 
 

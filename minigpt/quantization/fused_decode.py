@@ -29,8 +29,8 @@ class FusedBlock:
 class FusedStep:
     """Computes a step's logits, as `minigpt.decode.StepLogits`, for up to 8 sequences.
 
-    It shares the model's int4 weights, and keeps buffers for each batch size and cache length. Biases and LayerNorms are
-    read when it is made: a model changed afterwards needs a new one.
+    It shares the model's int4 weights, and keeps buffers for each batch size and cache length. Biases and LayerNorms
+    are read when it is made: a model changed afterwards needs a new one.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -84,8 +84,8 @@ class FusedStep:
 def fused_step(model: GPT, batch_size: int) -> FusedStep | None:
     """The fused step for a model and as many sequences, or None where the kernels do not serve it.
 
-    They do for models whose blocks are all int4 with groups of a multiple of 64, activations in fp16, on an NVIDIA GPU
-    of sm_80 or newer, and up to 8 sequences.
+    They do for models whose blocks are all int4 with groups of a multiple of 64, n_embd a multiple of 64 and at most
+    2048, activations in fp16, on an NVIDIA GPU of sm_80 or newer with enough shared memory for x, up to 8 sequences.
     """
     if model.config.n_embd % BLOCK:
         return None

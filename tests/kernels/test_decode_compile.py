@@ -31,7 +31,7 @@ def lesson_17(dtype, m, n, k):
     from kernels import k17_few_tokens as lesson
 
     pointers = {"x_ptr": dtype, **WEIGHT, "bias_ptr": dtype, "out_ptr": dtype}
-    options = {"HAS_BIAS": True, "GROUP_SIZE": 64, "BLOCK_M": block_m(m), **lesson.launch_options(n, k)}
+    options = {"HAS_BIAS": True, "GROUP_SIZE": 64, "BLOCK_M": block_m(m), **lesson.launch_options(k)}
     return lesson.few_tokens_kernel, pointers, options
 
 
