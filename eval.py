@@ -111,16 +111,16 @@ def measure(
     path: Path, fp16_path: Path, tokens: torch.Tensor, protocol: dict[str, Any], args: argparse.Namespace
 ) -> Row:
     """Loads a checkpoint, measures it, and lets it go."""
-    memory = evaluate.PeakMemory(torch.device(args.device))
     model = load_fp16(path, args.device)
     bits = bits_per_weight(model)
     weights = "fp16" if bits == 16.0 else f"int4 {path}"
     if dataclasses.asdict(model.config) != protocol["shape"]:
         raise UserError(f"--quantized {path} has another shape than {args.model}: it was made from another model")
+    how, step_logits = decode_way(model, weights, args)
+    memory = evaluate.PeakMemory(torch.device(args.device))
     window = min(protocol["context_length"], len(tokens))
     scoring = evaluate.scoring_rate(model, tokens, window, args.batch_size)
     prefill = evaluate.prefill_rate(model, tokens, protocol["prefill_tokens"])
-    how, step_logits = decode_way(model, weights, args)
     decode = evaluate.decode_rate(
         model, tokens, protocol["decode_prompt_tokens"], protocol["decode_new_tokens"], how=how, step_logits=step_logits
     )

@@ -138,7 +138,7 @@ def matmul(
     `prepare_for_cpu` does the like; up to `cpu.MOST_TOKENS` tokens are then multiplied in bfloat16 (`kernels.cpu`).
 
     Args:
-        x: float16, bfloat16 or float32 [..., K], on the weight's device; float32 is served by the reference only.
+        x: float16, bfloat16 or float32 [..., K], on the weight's device; on a GPU float32 is served by the reference.
         weight: of [N, K].
         bias: floating [N]; taken in x's dtype.
         activation_bits: 16 multiplies x as it is; 8 rounds each token to 255 levels first (W4A8), which is faster

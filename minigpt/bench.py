@@ -11,9 +11,9 @@ its path, is loaded. Int4 is made in memory, by absmax. Every measurement is mer
 The protocol. decode: greedy, the choice of the token included, a static cache as long as the context and filled with
 random numbers, at the context's last 16 positions (`evaluate.step_rate`). prefill: the largest batch, as long as the
 model reads, with the loss of every token (`evaluate.scoring_rate`). Medians. Before it is timed, a step's logits are
-compared with those of the plain model on the same weights. The roofline is the time in which a copy on the same
-device, in the same run, moves as many bytes as a step must read: all weights but the position embedding's, and the
-cache.
+compared with those of the plain model on the same weights, and its choice with the best of them. The roofline is the
+time in which a copy on the same device, in the same run, moves as many bytes as a step must read: all weights but the
+position embedding's, and the cache.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from minigpt.model import GPT, KVCache
 from minigpt.quantization.convert import check_fits, quantize_model
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
 from minigpt.quantization.fused_decode import fused_step
-from minigpt.quantization.linear import Int4Linear
+from minigpt.quantization.linear import Int4Linear, Int4Weight
 from minigpt.quantization.rtn import METHODS
 from minigpt.step_profile import format_profile, profile_step
 from minigpt.table import format_bytes, format_table
@@ -177,11 +177,15 @@ def step_for(how: str, model: GPT, batch_size: int, tuning: Sequence[str]) -> St
 
 
 def check_step(step_logits: StepLogits, model: GPT, tokens: Tensor, positions: Tensor, cache: KVCache) -> None:
-    """Raises RuntimeError unless a step has about the logits of the model itself, |difference| / |logits|."""
+    """Raises RuntimeError unless a step has about the logits of the model itself, and chooses one of the best."""
     expected = model_logits(model)(tokens, positions, cache).double()  # [B, V]
     error = ((step_logits(tokens, positions, cache).double() - expected).norm() / expected.norm()).item()
     if not error < MAX_ERROR:
         raise RuntimeError(f"a step's logits are off by {error:.3g} of their size")
+    way, choose = greedy_way(step_logits)
+    chosen = expected.gather(1, choose(way(tokens, positions, cache)))  # [B, 1]
+    if not (chosen > expected.amax(1, keepdim=True) - MAX_ERROR * expected.std(1, keepdim=True)).all():
+        raise RuntimeError("a step does not choose the best token")
 
 
 @torch.inference_mode()
@@ -213,7 +217,8 @@ def roofline(model: GPT, batch_size: int, context: int, bandwidth: float) -> flo
     """Tokens a second at which a step's weights and cache, each read once, move at `bandwidth` bytes a second."""
     config = model.config
     cache_bytes = 2 * config.n_layer * batch_size * context * config.n_embd * model.wpe.weight.element_size()
-    return batch_size * bandwidth / (weight_bytes(model) - model.wpe.weight.nbytes + cache_bytes)
+    idle = model.wpe.weight.nbytes + sum(layer.idle_bytes for layer in model.modules() if isinstance(layer, Int4Weight))
+    return batch_size * bandwidth / (weight_bytes(model) - idle + cache_bytes)
 
 
 def measure(
@@ -345,12 +350,13 @@ def bench_profile(args: argparse.Namespace) -> list[Row]:
             step_logits = step_for(how, subject.model, args.batch_size, tuning=())
             if how == "compiled" or step_logits is None:  # what the compiler made of the parts cannot be told apart
                 continue
-            cache = random_cache(subject.model, args.batch_size, args.context)
-            parts = profile_step(subject.model, step_logits, cache, how)
+            parts = profile_step(
+                subject.model, step_logits, random_cache(subject.model, args.batch_size, args.context), how
+            )
             row = environment(args.device) | subject.labels
             row |= {"batch": args.batch_size, "context": args.context, "how": how}
             measured += [row | {"part": part, "microseconds": time} for part, time in parts.items()]
-        del subject
+        del subject, step_logits
         let_go()
     return measured
 

@@ -12,7 +12,7 @@ import argparse
 import codecs
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tiktoken
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from minigpt import checkpoint
-from minigpt.decode import DecodeStep, How, StepLogits, model_logits, read_behind, read_prompts
+from minigpt.decode import DecodeStep, How, StepLogits, greedy_way, model_logits, read_behind, read_prompts
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device
 from minigpt.errors import UserError, run_script
 from minigpt.model import GPT
@@ -83,7 +83,11 @@ def generate(
         tokens = choose(logits)
         yield tokens
         positions = torch.tensor(lengths, device=tokens.device)[:, None]  # [B, 1]
-        step = DecodeStep(step_logits or model_logits(model), choose, cache, tokens, positions, how, generator)
+        way: StepLogits = step_logits or model_logits(model)
+        choice: Callable[[Tensor], Tensor] = choose
+        if sampling == GREEDY and n_vocab in (None, logits.shape[1]):
+            way, choice = greedy_way(way)
+        step = DecodeStep(way, choice, cache, tokens, positions, how, generator)
         for n in range(n_steps - 1):
             for row, length in enumerate(lengths):
                 if length + n == limit:  # it has ended, and must not run on beyond the cache

@@ -20,10 +20,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from minigpt import evaluate
-from minigpt.decode import DecodeStep, How, StepLogits
+from minigpt.decode import DecodeStep, How, StepLogits, greedy_way
 from minigpt.files import Row
 from minigpt.model import GPT, KVCache
-from minigpt.sampling import GREEDY
 from minigpt.table import format_table
 
 MARK = "spin_kernel"  # what torch.cuda._sleep launches, and nothing else does
@@ -126,7 +125,7 @@ def profile_step(model: GPT, step_logits: StepLogits, cache: KVCache, how: str) 
     positions = torch.full_like(tokens, length - n_steps)
 
     def make(step_logits: StepLogits, how: How) -> DecodeStep:
-        return DecodeStep(step_logits, GREEDY.choose, cache, tokens, positions, how)
+        return DecodeStep(*greedy_way(step_logits), cache, tokens, positions, how)
 
     marks = Marks(device.type == "cuda")
 

@@ -366,7 +366,8 @@ def decode(on_cpu: bool = False) -> str:
     floating = "floating point" if on_cpu else "FP16"
     note = (
         f"Tokens a second, of all sequences together; how many times as fast int4 at its fastest is as {floating} at "
-        "its fastest; and the shares of their rooflines, the rate at which a plain copy would move weights and cache."
+        "its fastest; and the shares of their rooflines, the rate at which a plain copy would move weights and cache. "
+        "Random weights in each model's shapes, but for the demo; int4 in groups of 128 where that fits, or 64."
     )
 
     def table(groups: dict[tuple[Any, ...], Group]) -> str:
@@ -423,7 +424,10 @@ def decode_bytes() -> str:
         return f"{row['weight_bytes'] / 1e6:,.1f} MB ({row['weight_bytes'] / fp16[model]:.3f}x)"
 
     cells = [[model, f"{fp16[model] / 1e6:,.1f} MB", *(cell(model, name) for name in embeddings)] for model in fp16]
-    note = "All weights in GPU memory: codes, scales, zeros, embeddings, norms and biases (and times FP16's)."
+    note = (
+        "All weights in GPU memory: codes, scales, zeros, embeddings, norms and biases (and times FP16's); in groups of "
+        "128 where that fits, or 64."
+    )
     return markdown(["model", "FP16", *(f"int4, embedding {name}" for name in embeddings)], cells) + f"\n\n{note}"
 
 

@@ -61,6 +61,12 @@ class Int4Weight(nn.Module):
         return QuantizedWeight(self.qweight, self.scales, self.qzeros)
 
     @property
+    def idle_bytes(self) -> int:
+        """Bytes that are held, but that no product reads: beside a CPU's own layout, the file's."""
+        held = self.held
+        return sum(tensor.nbytes for tensor in held.file) if isinstance(held, CPUWeight) else 0
+
+    @property
     def weight(self) -> QuantizedWeight:
         """The weight in the file's layout; on a GPU made anew each time."""
         held = self.held
