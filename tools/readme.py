@@ -425,8 +425,8 @@ def decode_bytes() -> str:
 
     cells = [[model, f"{fp16[model] / 1e6:,.1f} MB", *(cell(model, name) for name in embeddings)] for model in fp16]
     note = (
-        "All weights in GPU memory: codes, scales, zeros, embeddings, norms and biases (and times FP16's); in groups of "
-        "128 where that fits, or 64."
+        "All weights in GPU memory: codes, scales, zeros, embeddings, norms and biases (and times FP16's); in groups "
+        "of 128 where that fits, or 64."
     )
     return markdown(["model", "FP16", *(f"int4, embedding {name}" for name in embeddings)], cells) + f"\n\n{note}"
 
