@@ -22,8 +22,8 @@ from minigpt.errors import UserError, run_script
 from minigpt.generate import seed as read_seed
 from minigpt.model import GPT
 from minigpt.quantization import gptq_format
-from minigpt.quantization.calibration import Calibration
-from minigpt.quantization.convert import LayerReport, read_group_size
+from minigpt.quantization.calibration import Calibration, load_calibrations
+from minigpt.quantization.convert import LayerReport, check_fits, read_group_size
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
 from minigpt.quantization.recipe import (
     KNOWN,
@@ -32,7 +32,6 @@ from minigpt.quantization.recipe import (
     check_calibration_arguments,
     describe,
     quantize,
-    read_calibration,
     read_recipe,
 )
 from minigpt.table import format_bytes, format_table
@@ -67,11 +66,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="checkpoint folder to write (default: checkpoints/MODEL-int4)")
     add_calibration_arguments(parser)
-    parser.add_argument("--seed", type=read_seed, default=0, help="which windows of it (default: 0)")
+    parser.add_argument("--seed", type=read_seed, help="which windows of it (default: 0)")
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
     check_calibration_arguments(args, [args.method], args.method.calibrated)
+    args.seed = args.seed or 0
     return args
 
 
@@ -104,7 +104,8 @@ def summary(reports: list[LayerReport]) -> str:
 def calibration_of(args: argparse.Namespace, path: Path, model: GPT) -> Calibration:
     """Reads the calibration text, and says how much of it is used and what to beware of."""
     tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), model.config.vocab_size)
-    calibration = read_calibration(args, [args.method], tokenizer, model.config, args.seed)
+    draw = (args.seed, args.method.tuning_windows(args.steps))
+    calibration = load_calibrations(args.calibration, tokenizer, model.config, args.calibration_tokens, [draw])[draw]
     n_windows, length = calibration.windows.shape
     print(
         f"calibrating on {calibration.name}: {calibration.tokens:,} tokens, {n_windows} windows of {length}, "
@@ -126,6 +127,7 @@ def main() -> None:
     if output.exists() and output.samefile(checkpoint.checkpoint_folder(path)):
         raise UserError(f"--output {output} is the model's own folder, whose weights would be lost; give another")
     model = checkpoint.load(path, torch.float32, args.device)
+    check_fits(model, args.group_size)
     if args.output is None and checkpoint.holds_another_model(output, model):
         raise UserError(f"{output} holds another model; to replace it, add --output {output}, or give another folder")
     before = 2 * sum(parameter.numel() for parameter in model.parameters())

@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 def load_splits(dataset: str) -> tuple[str, str]:
     """Training and validation text; of a file or folder the last twentieth is for validation."""
-    if dataset == "demo" or dataset in data.WIKITEXT:
+    if dataset in ("demo", "c4", *data.WIKITEXT):
         return data.load_text(dataset, "train"), data.load_text(dataset, "validation")
     text = data.load_text(dataset)
     cut = len(text) * 19 // 20

@@ -45,7 +45,8 @@ def load_text(dataset: str, split: Split = "test") -> str:
     Args:
         dataset: wikitext-2, wikitext-103, demo; the path of a text file or of a folder of text files; c4, or another
             dataset on the hub, OWNER/NAME or OWNER/NAME:CONFIG, of which `hub_text` reads the beginning.
-        split: train, validation or test. A path has no splits: all of its text is returned.
+        split: train, validation or test. C4 has no test split: its validation split serves. A path has no splits: all
+            of its text is returned.
 
     Raises:
         UserError: there is no such text, it is empty, it is not UTF-8, or it cannot be downloaded.
@@ -58,7 +59,7 @@ def load_text(dataset: str, split: Split = "test") -> str:
     elif Path(dataset).exists():
         text = _read_path(Path(dataset))
     elif dataset == "c4":
-        text = hub_text(C4, split, C4_REVISION)
+        text = hub_text(C4, "validation" if split == "test" else split, C4_REVISION)
     elif HUB_NAME.fullmatch(dataset):
         text = hub_text(dataset, split)
     else:

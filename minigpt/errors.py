@@ -31,7 +31,7 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as error:
         _exit(str(error), 2)
     except torch.OutOfMemoryError:
-        _exit("out of GPU memory: a smaller --batch-size or --context-length, or --device cpu", 2)
+        _exit("out of GPU memory: use a smaller model, or less at once", 2)
     except MemoryError:
         _exit("out of memory", 2)
     except RuntimeError as error:  # torch's way of saying so on a CPU

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import UserError, run_script
+from minigpt.files import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Row = dict[str, Any]
 
 # Okabe and Ito's colours and two of Tol's, which colour-blind people tell apart too, and markers; methods take them in
 # this order.
@@ -25,7 +24,7 @@ STYLES = (
     *(("#E69F00", "X"), ("#D55E00", "v"), ("#000000", "h"), ("#882255", "H"), ("#999933", ">")),
 )
 PEER_MARKERS = "*pd<>"
-PEER = "peer:"
+PEER = "peer:"  # before the name of a method that is not ours
 
 
 def save_accuracy(path: Path) -> Path:
@@ -64,7 +63,8 @@ def draw_accuracy(rows: Sequence[Row]) -> "Figure":
     Methods are curves, FP16 is a line, peers are points.
 
     Args:
-        rows: measurements as `minigpt.sweep` writes them. A bar spans the seeds of a method that depends on them.
+        rows: measurements as `minigpt.sweep` writes them. A bar spans the seeds, calibration texts and tuning steps
+            of a method that depends on them.
     """
     from matplotlib.figure import Figure
 

@@ -6,9 +6,10 @@
     python -m minigpt.sweep demo --peer hqq quanto gptqmodel --method     other people's quantizers, and none of ours
     python -m minigpt.plots                                               draws the plot anew
 
-A measurement is a model quantized in memory, as quantize.py does it, and scored as eval.py does it. Each is written at
-once: an interrupted sweep keeps what it has measured. One that is in the file already, of the same model, text, method,
-group size, seed and device, is replaced.
+A measurement is a model whose blocks are quantized in memory, as quantize.py does it, and which is scored as eval.py
+does it; the embedding, which quantize.py packs too, stays as it is. Each is written at once: an interrupted sweep keeps
+what it has measured. One that is in the file already, of the same model, text, method, group size, seed, calibration
+and device, is replaced.
 """
 
 import argparse
@@ -33,7 +34,8 @@ from minigpt.files import Row, check_file, merge, read_rows, write_json
 from minigpt.generate import seed as read_seed
 from minigpt.model import GPT
 from minigpt.peers import PEERS, check_installed
-from minigpt.quantization.calibration import Calibration
+from minigpt.plots import PEER
+from minigpt.quantization.calibration import Calibration, Draw, load_calibrations
 from minigpt.quantization.convert import WHOLE_ROW, bits_per_weight, block_linears, check_fits, read_group_size
 from minigpt.quantization.methods import METHODS
 from minigpt.quantization.recipe import (
@@ -42,16 +44,17 @@ from minigpt.quantization.recipe import (
     add_calibration_arguments,
     check_calibration_arguments,
     quantize,
-    read_calibration,
     read_recipe,
 )
 from minigpt.table import format_table
 from minigpt.tokenizer import encode, tokenizer_for
 
-PEER = "peer:"  # before the name of a method that is not ours
 GROUP_SIZES = (32, 64, 128, WHOLE_ROW)
 # What tells one measurement from another: of two that agree in all of these, the newer one counts.
-IDENTITY = ("model", "text", "method", "group_size", "seed", "gpu", "context_length", "stride")
+IDENTITY = (
+    *("model", "text", "method", "group_size", "seed", "gpu", "context_length", "stride"),
+    *("calibration", "calibration_tokens", "tuning_steps"),
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,9 +78,7 @@ def parse_args() -> argparse.Namespace:
         "--group-size", nargs="+", type=read_group_size, help="(default: those of 32 64 128 row that fit the model)"
     )
     add_calibration_arguments(parser)
-    parser.add_argument(
-        "--seed", nargs="+", type=read_seed, default=[0], help="which parts of it, each measured (default: 0)"
-    )
+    parser.add_argument("--seed", nargs="+", type=read_seed, help="which parts of it, each measured (default: 0)")
     parser.add_argument("--context-length", type=int, help="tokens in a window (default: as many as the model reads)")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: the context length)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
@@ -92,6 +93,7 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
     calibrated = any(map(is_calibrated, [*args.method, *args.peer]))
     check_calibration_arguments(args, args.method, calibrated)
+    args.seed = args.seed or [0]
     args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
     return args
 
@@ -117,6 +119,13 @@ def _fits(model: GPT, group_size: int) -> bool:
 def is_calibrated(method: Recipe | str) -> bool:
     """Whether a recipe or a peer looks at text, so that each seed gives something else."""
     return method.calibrated if isinstance(method, Recipe) else PEERS[method].calibrated
+
+
+def draw_of(method: Recipe | str, seed: int | None, steps: int) -> Draw | None:
+    """What a measurement needs of the calibration text; None if nothing."""
+    if seed is None:
+        return None
+    return seed, method.tuning_windows(steps) if isinstance(method, Recipe) else 0
 
 
 def jobs(args: argparse.Namespace, group_sizes: Sequence[int]) -> Iterator[tuple[Recipe | str, int, int | None]]:
@@ -186,11 +195,11 @@ def main() -> None:
     tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), reference.config.vocab_size)
     tokens = torch.tensor(encode(tokenizer, data.load_text(args.dataset)), device=args.device)
     todo = list(jobs(args, sizes))
-    calibrations: dict[int | None, Calibration] = {
-        seed: read_calibration(args, args.method, tokenizer, reference.config, seed)
-        for seed in args.seed
-        if any(is_calibrated(method) for method, *_ in todo)
-    }
+    draws = dict.fromkeys(draw for method, _, seed in todo if (draw := draw_of(method, seed, args.steps)))
+    calibrations: dict[Draw, Calibration] = {}
+    if draws:
+        text = (args.calibration, tokenizer, reference.config, args.calibration_tokens)
+        calibrations = load_calibrations(*text, draws)
     for warning in dict.fromkeys(warning for each in calibrations.values() for warning in each.warnings):
         print(f"warning: {warning}", flush=True)
 
@@ -206,7 +215,8 @@ def main() -> None:
     )
     measured: list[Row] = []
     for method, group_size, seed in tqdm(todo, desc="sweep", unit="model", file=sys.stderr):
-        calibration = calibrations.get(seed)
+        draw = draw_of(method, seed, args.steps)
+        calibration = calibrations[draw] if draw else None
         name = str(method) if isinstance(method, Recipe) else PEER + method
         tuned = isinstance(method, Recipe) and method.tune
         model, bits, seconds = quantized(path, method, group_size, calibration, args.steps, args.device)

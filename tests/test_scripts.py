@@ -218,7 +218,11 @@ class TestErrors:
     def test_of_quantize(self, tmp_path):
         must_fail(run(tmp_path, "quantize.py", "gpt9"), "unknown model 'gpt9'")
         must_fail(run(tmp_path, "quantize.py", "demo", "--group-size", "96"), "possible: 16, 32, 64, 128, 256, row")
+        arguments = ("--group-size", "96", "--method", "gptq", "--calibration", "nowhere")  # named before text is read
+        must_fail(run(tmp_path, "quantize.py", "demo", *arguments), "--group-size 96 does not fit this model")
         must_fail(run(tmp_path, "quantize.py", "demo", "--group-size", "ten"), "--group-size")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--seed", "1"), "--seed is for gptq")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--calibration-tokens", "1"), "--calibration-tokens is for gptq")
         must_fail(run(tmp_path, "quantize.py", "demo", "--method", "magic"), "absmax")
         (tmp_path / "file").write_text("", encoding="utf-8")
         must_fail(run(tmp_path, "quantize.py", "demo", "--output", "file"), "is a file")

@@ -17,7 +17,7 @@ scales by the diagonal, but perplexity up, to 0.62%.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +29,16 @@ from minigpt import data
 from minigpt.config import GPTConfig
 from minigpt.errors import UserError
 from minigpt.model import GPT
+from minigpt.quantization.tune import n_held_back
 from minigpt.tokenizer import encode
 
 CHUNK_TOKENS = 4096  # tokens that go through a block at once
 TOKENS_PER_INPUT = 16  # of the widest layer, below which a warning is due: the demo does worse than `mse` with 8
 DAMPING = 0.01  # added to the Hessian's diagonal, as a share of its mean; GPTQ's choice
 MAX_DAMPING = 1024.0
+HELD_BACK = 8  # one token in so many, at the end of a text, is for tuning to validate on
+
+Draw = tuple[int, int]  # a seed, and how many windows to tune on
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Calibration:
     Attributes:
         name: of the text, as the user gave it.
         windows: int64 [n, T], T = the model's n_positions: what layers are watched on.
-        tuning_windows: int64 [m, T], these and more: what a model is tuned on (`minigpt.quantization.tune`).
+        tuning_windows: int64 [m, T], these and more: what a model is tuned on, and at the end those held back to
+            validate on (`minigpt.quantization.tune`). Empty where nothing is tuned.
         seed: that chose the windows.
         warnings: what the user should know about it, a line each.
     """
@@ -65,18 +70,23 @@ class Calibration:
         return {"text": self.name, "tokens": self.tokens, "seed": self.seed}
 
 
-def load_calibration(
-    name: str, tokenizer: tiktoken.Encoding, config: GPTConfig, n_tokens: int, seed: int, n_tuning_windows: int = 0
-) -> Calibration:
-    """Reads a text and takes windows from random places of it.
+def load_calibrations(
+    name: str, tokenizer: tiktoken.Encoding, config: GPTConfig, n_tokens: int, draws: Iterable[Draw]
+) -> dict[Draw, Calibration]:
+    """Reads a text once, and for each draw takes windows from random places of it.
+
+    The same text and the same draw give the same windows, whatever else is drawn. Without tuning they come from all of
+    the text. With it, the last eighth of the text is set aside: the windows that tuning holds back come from there, all
+    others from what stands before it, so that no token is in both.
 
     Args:
         name: as `minigpt.data.load_text` knows it; of texts that have splits, the training text.
         tokenizer: the model's.
         config: the model's; windows are as long as the model reads.
-        n_tokens: about how many tokens to take, in whole windows; at most what the text has, then with a warning.
-        seed: of the places.
-        n_tuning_windows: how many windows to tune on, those to watch among them; likewise.
+        n_tokens: about how many tokens to watch layers on, in whole windows; at most what the text has, then with a
+            warning.
+        draws: a seed of the places, and how many windows to tune on (0 for no tuning), those held back included, and
+            those to watch among the others; likewise.
 
     Raises:
         UserError: there is no such text, it is shorter than a window, or it is WikiText's test split, on which
@@ -88,20 +98,35 @@ def load_calibration(
     text = data.load_text(name, "train")
     if data.WIKITEXT_TEST_TITLE in text:
         raise UserError(f"--calibration {name}: this is WikiText's test split, on which perplexities are reported")
+    tokens = torch.tensor(encode(tokenizer, text))  # [tokens]
+    return {draw: _calibration(name, tokens, config, n_tokens, *draw) for draw in draws}
+
+
+def _calibration(
+    name: str, tokens: Tensor, config: GPTConfig, n_tokens: int, seed: int, n_tuning_windows: int
+) -> Calibration:
+    """One draw of `load_calibrations`; tokens: int64 [tokens], all of the text."""
     warnings = []
     if "wikitext" in name.lower():
         warnings.append(
             f"calibrating on {name}: perplexity on WikiText will flatter this model, as it has seen text of the "
             "same kind; calibrate on other text to compare"
         )
-    tokens = torch.tensor(encode(tokenizer, text))  # [tokens]
+    length = config.n_positions
     wanted = max(n_tokens, n_tuning_windows * length)
     if len(tokens) < wanted:
         warnings.append(f"the calibration text {name} has {len(tokens):,} tokens, fewer than the {wanted:,} asked for")
-    n_windows = min(wanted, len(tokens)) // length
+    n_windows = max(1, min(wanted, len(tokens)) // length)
     generator = torch.Generator().manual_seed(seed)
-    tuning_windows = data.random_windows(tokens, max(1, n_windows), length, generator)
-    windows = tuning_windows[: n_tokens // length]
+    if n_tuning_windows and n_windows > 1:
+        tail = max(length, len(tokens) // HELD_BACK)
+        held_back = n_held_back(n_windows)
+        shown = data.random_windows(tokens[:-tail], n_windows - held_back, length, generator)
+        tuning_windows = torch.cat([shown, data.random_windows(tokens[-tail:], held_back, length, generator)])
+    else:
+        shown = data.random_windows(tokens, n_windows, length, generator)
+        tuning_windows = shown[: n_windows if n_tuning_windows else 0]
+    windows = shown[: n_tokens // length]
     widest = 4 * config.n_embd
     if windows.numel() < TOKENS_PER_INPUT * widest:
         warnings.append(
@@ -136,11 +161,13 @@ class LayerInputs:
 
         Args:
             weight: floating [out_features, in_features].
-            aim: how much of this step is taken, from 0, none, to 1, all of it.
+            aim: how much of this step is taken, from 0, none, which leaves the weight as it is, to 1, all of it.
 
         Returns:
             float32 [out_features, in_features].
         """
+        if aim == 0:
+            return weight.float()
         step = torch.cholesky_solve(self.drift.t(), torch.linalg.cholesky(self.hessian)).t()  # [K, K]
         return (weight.double() + aim * (weight.double() @ step)).float()
 

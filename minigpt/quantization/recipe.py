@@ -10,16 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import tiktoken
 import torch
 from tqdm import tqdm
 
 from kernels import dequantize
-from minigpt.config import GPTConfig
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization import awq, tune
-from minigpt.quantization.calibration import Calibration, load_calibration
+from minigpt.quantization.calibration import Calibration
 from minigpt.quantization.convert import LayerReport, block_linears, quantize_model
 from minigpt.quantization.linear import Int4Linear
 from minigpt.quantization.methods import CALIBRATED, DATA_FREE, METHODS, SYMMETRIC
@@ -27,6 +25,7 @@ from minigpt.quantization.methods import CALIBRATED, DATA_FREE, METHODS, SYMMETR
 AWQ, TUNE = "awq+", "+tune"
 TUNE_ALONE = "tune"  # short for the recipe that loses least
 BEST = "gptq+tune"
+CALIBRATION_TOKENS = 65536
 KNOWN = f"{', '.join(METHODS)}, awq+METHOD, METHOD+tune, or {TUNE_ALONE} for {BEST}"
 
 
@@ -58,6 +57,10 @@ class Recipe:
         """Whether all zeros are 8."""
         return self.method in SYMMETRIC
 
+    def tuning_windows(self, steps: int) -> int:
+        """How many windows of text so many steps of tuning read; 0 if nothing is tuned."""
+        return steps * tune.BATCH_SIZE if self.tune else 0
+
 
 def read_recipe(text: str) -> Recipe:
     """Reads a --method.
@@ -81,7 +84,7 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         "or a folder (default: c4; for demo: demo, what it was trained on)",
     )
     parser.add_argument(
-        "--calibration-tokens", type=int, default=65536, help="how much of it layers are watched on (default: 65536)"
+        "--calibration-tokens", type=int, help=f"how much of it layers are watched on (default: {CALIBRATION_TOKENS})"
     )
     parser.add_argument(
         "--steps",
@@ -91,7 +94,9 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_calibration_arguments(args: argparse.Namespace, recipes: Sequence[Recipe], calibrated: bool) -> None:
-    """Checks what `add_calibration_arguments` added, and fills in defaults, `args.model` being known.
+    """Checks what `add_calibration_arguments` added, and `--seed`; fills in defaults, `args.model` being known.
+
+    The seed's default is the caller's: a script has one, or several.
 
     Args:
         args: changed in place.
@@ -102,21 +107,16 @@ def check_calibration_arguments(args: argparse.Namespace, recipes: Sequence[Reci
         UserError: a flag that nothing would read, or no step.
     """
     names = ", ".join(map(str, recipes)) or "these peers"
-    if args.calibration and not calibrated:
-        raise UserError(f"--calibration is for {', '.join(CALIBRATED)}, awq+METHOD and METHOD+tune, not for {names}")
+    for name in ("calibration", "calibration_tokens", "seed"):
+        if getattr(args, name) is not None and not calibrated:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag} is for {', '.join(CALIBRATED)}, awq+METHOD and METHOD+tune, not for {names}")
     if args.steps is not None and not any(recipe.tune for recipe in recipes):
         raise UserError(f"--steps is for METHOD+tune, not for {names}")
     args.steps = tune.STEPS if args.steps is None else args.steps
     tune.check_steps(args.steps)
     args.calibration = args.calibration or ("demo" if args.model == "demo" else "c4")
-
-
-def read_calibration(
-    args: argparse.Namespace, recipes: Sequence[Recipe], tokenizer: tiktoken.Encoding, config: GPTConfig, seed: int
-) -> Calibration:
-    """The text that recipes look at, as much of it as they need. Errors as `load_calibration`'s."""
-    tuned = args.steps * tune.BATCH_SIZE if any(recipe.tune for recipe in recipes) else 0
-    return load_calibration(args.calibration, tokenizer, config, args.calibration_tokens, seed, tuned)
+    args.calibration_tokens = CALIBRATION_TOKENS if args.calibration_tokens is None else args.calibration_tokens
 
 
 def describe(recipe: Recipe, calibration: Calibration, steps: int) -> dict[str, Any]:

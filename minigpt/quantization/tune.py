@@ -25,9 +25,10 @@ The zeros, the embeddings and the format stay untouched: what comes out is a pla
 Measured on the demo model with 150 steps of 4 windows of 128 tokens (a minute on one CPU core), KL divergence on a
 quarter of its test text: at groups of 128 absmax 0.0222 -> 0.0173, mse 0.0200 -> 0.0149, GPTQ 0.0106 -> 0.0095; GPTQ at
 64 0.0092 -> 0.0080, at 32 0.0073 -> 0.0063. So start from GPTQ. With 100 steps of 8 windows of 512, on all of the test
-text, GPTQ at 128: 0.0100 -> 0.0078 (results/accuracy.json). On windows held back of the text tuned on, up to twice
-as much is gained: the wider the text, the better. Starting from GPTQ, scales and offsets make most of the gain (on
-held-back windows 0.0083 -> 0.0072, with codes 0.0071); a third of their step sizes gives the same. The codes' are
+text, GPTQ at 128: 0.0100 -> 0.0078 (results/accuracy.json). On other windows of the text tuned on, up to twice as
+much is gained, part of it because they overlapped with those: the wider the text, the better. Starting from GPTQ,
+scales and offsets make most of the gain (on such windows 0.0083 -> 0.0072, with codes 0.0071); a third of their step
+sizes gives the same. The codes' are
 delicate: where positions may start at an edge (0.49), or move 0.01 a step, noise changes so many codes that the
 divergence rises at first. Zeros with positions, too, were tried, and none of them changed.
 """
@@ -154,8 +155,9 @@ def tune(
         model: float32, in evaluation mode, its blocks' linear layers Int4Linear, by whichever method. (A model without
             any would have its biases and LayerNorms tuned: the FP control.)
         reference: the FP model that it was made from, float32, in evaluation mode, on the same device.
-        windows: int64 [n, T], calibration text, on any device. The last eighth of them, at most MAX_HELD_BACK, is
-            held back to validate on. Of too little text, tuning learns the peculiarities.
+        windows: int64 [n, T], calibration text, on any device. The last `n_held_back` of them are held back to
+            validate on; they should share no token with the others (`calibration.load_calibrations` sees to that).
+            Of too little text, tuning learns the peculiarities.
         steps: updates. Each reads batch_size windows.
         batch_size: windows at a time.
         seed: for the order of the windows.
@@ -167,11 +169,11 @@ def tune(
     if len(windows) < 2:
         raise UserError(
             f"tuning needs at least 2 windows of {windows.shape[1]} tokens, one of them to validate on, and the "
-            f"calibration text has {len(windows)}: more --calibration-tokens"
+            f"calibration text has {len(windows)}: give a longer --calibration text"
         )
     windows = windows.to(model.wte.weight.device)
-    n_held_back = min(MAX_HELD_BACK, -(-len(windows) // 8))
-    training, held_back = windows[:-n_held_back], windows[-n_held_back:]  # the first ones, methods may have seen
+    cut = len(windows) - n_held_back(len(windows))
+    training, held_back = windows[:cut], windows[cut:]  # the first ones, methods may have seen
     layers = make_tunable(model, reference)
     codes_before = {name: layer.codes().to(torch.uint8) for name, layer in layers.items()}
     best_step, best_state = 0, snapshot(model)
@@ -198,6 +200,11 @@ def tune(
             model.set_submodule(name, layer.to_int4())
     weights = sum(codes.numel() for codes in codes_before.values())
     return TuningReport(steps, best_step, kl_before, best, changed / max(1, weights))
+
+
+def n_held_back(n_windows: int) -> int:
+    """How many of so many windows, two or more, are held back to validate on: an eighth, at most MAX_HELD_BACK."""
+    return min(MAX_HELD_BACK, -(-n_windows // 8))
 
 
 def check_steps(steps: int) -> None:

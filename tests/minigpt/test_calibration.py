@@ -13,12 +13,13 @@ from minigpt.config import GPTConfig
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization import calibration
-from minigpt.quantization.calibration import DAMPING, damp, load_calibration, watch
+from minigpt.quantization.calibration import DAMPING, damp, load_calibrations, watch
 from minigpt.quantization.convert import block_linears, quantize_model
 from minigpt.quantization.gptq import gptq
 from minigpt.quantization.linear import Int4Linear
 from minigpt.quantization.methods import CALIBRATED, METHODS, Calibrated
 from minigpt.quantization.rtn import absmax
+from minigpt.quantization.tune import n_held_back
 from minigpt.tokenizer import encode, read_tokenizer
 
 CONFIG = GPTConfig(vocab_size=4096, n_positions=24, n_embd=48, n_layer=2, n_head=3)
@@ -52,52 +53,84 @@ def inputs_of(model, name, windows):
     return caught[0].flatten(0, 1).double()
 
 
+def load_calibration(name, tokenizer, n_tokens, seed, n_tuning_windows=0):
+    """A single draw."""
+    draw = (seed, n_tuning_windows)
+    return load_calibrations(name, tokenizer, CONFIG, n_tokens, [draw])[draw]
+
+
 class TestText:
     def test_windows_are_from_the_text_and_chosen_by_the_seed(self, tmp_path, tokenizer):
         path = tmp_path / "text.txt"
         path.write_text(data.load_text("demo")[:20000], encoding="utf-8")
         tokens = encode(tokenizer, path.read_text(encoding="utf-8"))
-        ours = load_calibration(str(path), tokenizer, CONFIG, 4000, seed=3)
+        ours = load_calibration(str(path), tokenizer, 4000, seed=3)
         assert ours.windows.shape == (4000 // 24, 24) and ours.tokens == 3984 and ours.warnings == []
         assert ours.describe() == {"text": str(path), "tokens": 3984, "seed": 3}
         whole = " ".join(map(str, tokens))
         assert all(" ".join(map(str, window)) in whole for window in ours.windows.tolist())
-        again, other = (load_calibration(str(path), tokenizer, CONFIG, 4000, seed).windows for seed in (3, 4))
+        again, other = (load_calibration(str(path), tokenizer, 4000, seed).windows for seed in (3, 4))
         assert torch.equal(ours.windows, again) and not torch.equal(ours.windows, other)
+
+    @pytest.mark.parametrize("n_text", [48, 100, 191, 5000])
+    @pytest.mark.parametrize("n_tuning_windows", [3, 40, 500])
+    def test_what_tuning_holds_back_shares_no_token_with_other_windows(
+        self, tmp_path, tokenizer, monkeypatch, n_text, n_tuning_windows
+    ):
+        (tmp_path / "text.txt").write_text("any", encoding="utf-8")
+        monkeypatch.setattr(calibration, "encode", lambda *_: list(range(n_text)))  # a token is its own place
+        draws = [(0, n_tuning_windows), (0, 0), (1, n_tuning_windows)]
+        drawn = load_calibrations(str(tmp_path / "text.txt"), tokenizer, CONFIG, 480, draws)
+        ours, untuned, other = (drawn[draw] for draw in draws)
+        n_windows = min(max(480, 24 * n_tuning_windows), n_text) // 24
+        assert len(ours.tuning_windows) == n_windows and len(untuned.tuning_windows) == 0
+        cut = n_windows - n_held_back(n_windows)
+        shown, held_back = ours.tuning_windows[:cut], ours.tuning_windows[cut:]
+        assert len(shown) >= 1 and len(held_back) >= 1 and shown.max() < held_back.min()
+        assert torch.equal(ours.windows, shown[:20])
+        again = load_calibration(str(tmp_path / "text.txt"), tokenizer, 480, 0, n_tuning_windows)
+        assert torch.equal(again.tuning_windows, ours.tuning_windows)
+        assert n_text < 5000 or not torch.equal(other.tuning_windows, ours.tuning_windows)
+
+    def test_a_text_is_read_once_for_all_draws(self, tokenizer, monkeypatch):
+        asked = []
+        monkeypatch.setattr(data, "load_text", lambda *name: asked.append(name) or "def f(): pass\n" * 500)
+        load_calibrations("demo", tokenizer, CONFIG, 240, [(0, 0), (1, 0), (0, 9)])
+        assert len(asked) == 1
 
     def test_the_demos_is_what_it_was_trained_on(self, tokenizer, monkeypatch):
         asked = []
         monkeypatch.setattr(data, "standard_library_text", lambda split: asked.append(split) or "def f(): pass\n" * 500)
-        load_calibration("demo", tokenizer, CONFIG, 240, 0)
+        load_calibration("demo", tokenizer, 240, 0)
         assert asked == ["train"]
 
     def test_too_little_text(self, tmp_path, tokenizer):
         path = tmp_path / "short.txt"
         path.write_text("x = 1\n" * 30, encoding="utf-8")
-        short = load_calibration(str(path), tokenizer, CONFIG, 24000, 0)
+        short = load_calibration(str(path), tokenizer, 24000, 0)
         assert 24 <= short.tokens < 192
         assert "fewer than the 24,000 asked for" in short.warnings[0]
         assert "say little about layers of 192 inputs" in short.warnings[1]
         path.write_text("x = 1", encoding="utf-8")
         with pytest.raises(UserError, match="fewer than a window of 24"):
-            load_calibration(str(path), tokenizer, CONFIG, 24000, 0)
+            load_calibration(str(path), tokenizer, 24000, 0)
         with pytest.raises(UserError, match="--calibration-tokens 23 is less than a window"):
-            load_calibration("demo", tokenizer, CONFIG, 23, 0)
+            load_calibration("demo", tokenizer, 23, 0)
 
     def test_wikitexts_test_split_is_refused_and_its_training_split_warned_of(self, tmp_path, tokenizer, monkeypatch):
         (tmp_path / "wikitext-2").mkdir()
         training = " = Valkyria Chronicles III = \n \n Senjō no Valkyria 3 : Unrecorded Chronicles \n" * 20
         (tmp_path / "wikitext-2" / "wiki.train.raw").write_text(training, encoding="utf-8")
         monkeypatch.setenv("MINIGPT_DATA", str(tmp_path))
-        warning = load_calibration("wikitext-2", tokenizer, CONFIG, 240, 0).warnings[0]
+        warning = load_calibration("wikitext-2", tokenizer, 240, 0).warnings[0]
         assert "perplexity on WikiText will flatter this model" in warning
         (tmp_path / "any.txt").write_text("\n = Robert Boulter = \n \n Robert Boulter is \n", encoding="utf-8")
         with pytest.raises(UserError, match="any.txt: this is WikiText's test split"):
-            load_calibration(str(tmp_path / "any.txt"), tokenizer, CONFIG, 240, 0)
+            load_calibration(str(tmp_path / "any.txt"), tokenizer, 240, 0)
 
     def test_the_real_test_split_is_known_by_its_title(self, text_folder, tokenizer):
         with pytest.raises(UserError, match="test split"):
-            load_calibration(str(text_folder / "wikitext-2" / "wiki.test.raw"), tokenizer, CONFIG, 240, 0)
+            load_calibration(str(text_folder / "wikitext-2" / "wiki.test.raw"), tokenizer, 240, 0)
 
     @pytest.mark.parametrize(
         ("name", "repository", "config", "revision"),
@@ -130,7 +163,7 @@ class TestText:
         monkeypatch.setattr(data, "HUB_DOCUMENTS", 100)
         assert data.load_text(name, "train").startswith("text 0\n\ntext 1\n\n")
         assert 100 <= len(taken) <= 101
-        assert load_calibration(name, tokenizer, CONFIG, 240, 0).tokens == 240
+        assert load_calibration(name, tokenizer, 240, 0).tokens == 240
 
     def test_a_dataset_that_cannot_be_reached(self, monkeypatch):
         from minigpt import hub
@@ -255,7 +288,7 @@ class TestGoal:
         best = torch.linalg.lstsq(torch.cat([x.double(), ones], 1), outputs).solution[:64].t()
         goal = inputs.goal(weight, aim=1.0)
         assert (goal - best).norm() < 0.01 * (weight - best).norm()
-        assert torch.allclose(inputs.goal(weight, aim=0.0), weight)
+        assert torch.equal(inputs.goal(weight, aim=0.0), weight)
 
     def test_outputs_come_closer_to_the_original_ones(self, problem):
         x, original, weight = problem

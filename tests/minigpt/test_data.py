@@ -85,6 +85,13 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
             data.load_text(str(tmp_path / name))
 
 
+def test_c4_which_has_no_test_split_is_scored_on_its_validation_split(monkeypatch):
+    monkeypatch.setattr(data, "hub_text", lambda dataset, split, revision=None: f"{dataset} {split} {revision}")
+    for split, read in (("train", "train"), ("validation", "validation"), ("test", "validation")):
+        assert data.load_text("c4", split) == f"{data.C4} {read} {data.C4_REVISION}"
+    assert data.load_text("someone/texts") == "someone/texts test None"
+
+
 def test_random_windows_are_windows():
     tokens = torch.arange(100)
     windows = data.random_windows(tokens, 500, 7, torch.Generator().manual_seed(0))

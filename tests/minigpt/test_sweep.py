@@ -11,6 +11,7 @@ from conftest import ROOT
 from minigpt import checkpoint, data, evaluate, peers, plots, sweep
 from minigpt.config import GPTConfig
 from minigpt.errors import UserError, run_script
+from minigpt.files import merge, read_rows
 from minigpt.model import GPT
 from minigpt.quantization import recipe
 from minigpt.quantization.convert import bits_per_weight, quantize_model
@@ -110,6 +111,32 @@ def test_measurements_are_merged(run):
     assert other[:3] == again and len(other) == 4
 
 
+def test_other_calibration_is_another_measurement(folder, run):
+    """The text, how much of it, the steps: what was measured with others stays. The same again replaces."""
+    (folder / "other.txt").write_text(data.load_text("demo")[2000:4000], encoding="utf-8")
+    common = ("--group-size", "16", "--method", "mse+tune")
+    given = [("text.txt", 64, 1), ("other.txt", 64, 1), ("text.txt", 128, 1), ("text.txt", 64, 2), ("text.txt", 64, 1)]
+    for text, n_tokens, steps in given:
+        rows = run(*common, "--calibration", text, "--calibration-tokens", n_tokens, "--steps", steps)
+    names = ("calibration", "calibration_tokens", "tuning_steps")
+    assert [tuple(row[name] for name in names) for row in rows] == given[:4]
+
+
+def test_what_is_drawn_for_a_method_does_not_depend_on_the_others(run):
+    """gptq beside gptq+tune, for whose sake the end of the text is set aside, measures what gptq alone does."""
+    options = ("--group-size", "16", "--calibration", "text.txt", "--calibration-tokens", "256")
+    (alone,) = run("--method", "gptq", *options)
+    beside, tuned = run("--method", "gptq", "gptq+tune", "--steps", "1", *options)
+    assert alone["kl"] == beside["kl"] and tuned["method"] == "gptq+tune"
+
+
+def test_the_committed_measurements_can_be_merged_with():
+    path = ROOT / "results" / "accuracy.json"
+    rows = read_rows("--json", path, sweep.IDENTITY)
+    for row in rows:
+        assert merge(rows, row, sweep.IDENTITY) == rows, "each is told from all others"
+
+
 def test_group_sizes_that_fit_by_default(run):
     """Of 32, 64, 128 and whole rows, in a model with layers of 32 inputs."""
     assert [row["group_size"] for row in run("--method", "absmax")] == [32, "row"]
@@ -146,6 +173,8 @@ def test_bad_input_is_named_before_any_work(folder, run, capsys, monkeypatch):
         (("--batch-size", "0"), "--batch-size is 0"),
         (("--method", "gptq", "--calibration", "text.txt", "--calibration-tokens", "9"), "--calibration-tokens 9"),
         (("--method", "mse", "--calibration", "text.txt"), "--calibration is for gptq, .*, not for mse"),
+        (("--method", "mse", "--calibration-tokens", "64"), "--calibration-tokens is for gptq, .*, not for mse"),
+        (("--method", "mse", "hqq", "--seed", "0"), "--seed is for gptq, .*, not for mse, hqq"),
         (("--method", "gptq", "--steps", "5"), r"--steps is for METHOD\+tune, not for gptq"),
         (("--method", "tune", "--steps", "0"), "--steps is 0"),
         (("--dataset", "nothing.txt"), "unknown dataset 'nothing.txt'"),

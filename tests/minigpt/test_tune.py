@@ -194,7 +194,7 @@ def test_a_divergence_that_is_not_finite_is_an_error_and_leaves_the_int4_model(r
 
 
 def test_too_little_text_is_named(reference):
-    with pytest.raises(UserError, match="at least 2 windows of 24 tokens.* has 1: more --calibration-tokens"):
+    with pytest.raises(UserError, match="at least 2 windows of 24 tokens.* has 1: give a longer --calibration text"):
         tune.tune(quantized(reference), reference, text(1))
 
 
