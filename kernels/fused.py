@@ -20,7 +20,6 @@ from kernels.prepared import BLOCK, PreparedWeight
 from kernels.stream import FoldedNorm, Parts, Stream, attend_reference, gelu_reference, next_power_of_2, values
 
 MOST_TOKENS = 8
-MOST_COLUMNS = 8192  # of a weight: a program holds its rows' codes in registers (lesson 17)
 
 
 def can_fuse(weight: object, dtype: torch.dtype, tokens: int) -> bool:
@@ -33,7 +32,7 @@ def can_fuse(weight: object, dtype: torch.dtype, tokens: int) -> bool:
     return (
         tokens <= MOST_TOKENS
         and weight.group_size % BLOCK == 0
-        and weight.in_features <= MOST_COLUMNS
+        and weight.in_features <= _lesson("k17_few_tokens").MOST_COLUMNS
         and _lesson("common").has_mma(device)
         and needed <= _lesson("common").shared_memory(device)
     )

@@ -63,7 +63,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import common
 from kernels.k00_reference import quantize_reference
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
-from kernels.row_tiles import load_weight, multiply, share_tokens
+from kernels.row_tiles import ROWS, launch_options, load_weight, multiply, share_tokens
 
 MOST_TOKENS = 16
 MOST_COLUMNS = 8192  # of w: its codes, 16 blocks a warp, fill the registers
@@ -83,22 +83,21 @@ def few_tokens_kernel(
     blocks,
     HAS_BIAS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,  # a multiple of 64
-    ROWS: gl.constexpr,  # of the weight, a program; a multiple of 16
     BLOCK_M: gl.constexpr,  # 1, 8 or 16: at least M
     STEP: gl.constexpr,  # blocks of 64 columns a warp
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """Makes ROWS numbers of x @ w^T + bias for each token."""
+    """Makes 16 numbers of x @ w^T + bias for each token."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
     first_row = gl.program_id(0) * ROWS
     # NEW: all that can be known of the weight, asked for at once.
-    codes, words = load_weight(codes_ptr, scale_zeros_ptr, first_row, N, blocks, GROUP_SIZE, ROWS, STEP, num_warps)
+    codes, words = load_weight(codes_ptr, scale_zeros_ptr, first_row, N, blocks, GROUP_SIZE, STEP, num_warps)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     x = share_tokens(x_ptr, M, K, blocks, BLOCK_M, STEP, num_warps)
-    out = multiply(x, codes, words, ROWS, BLOCK_M, STEP, mma, num_warps)  # [ROWS, TOKENS]
+    out = multiply(x, codes, words, BLOCK_M, STEP, mma, num_warps)  # [16, TOKENS]
     layout: gl.constexpr = gl.SliceLayout(0, mma)
     offs_n = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     offs_m = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, layout))
@@ -106,13 +105,6 @@ def few_tokens_kernel(
         out += gl.load(bias_ptr + gl.minimum(offs_n, N - 1)).to(gl.float32)[:, None]
     out_ptrs = out_ptr + (offs_m * N)[None, :] + offs_n[:, None]
     gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
-
-
-def launch_options(k: int) -> dict[str, int]:
-    """Rows a program, blocks of 64 columns a warp, warps: as many warps as it takes to hold all of K."""
-    blocks = triton.cdiv(k, BLOCK)
-    warps = 4 if blocks <= 4 * 13 else 8
-    return {"ROWS": TILE_ROWS, "STEP": triton.cdiv(blocks, warps), "num_warps": warps}
 
 
 def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -148,8 +140,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
             f"x has shape {list(x.shape)}, for {m} tokens K is at most {min(MOST_COLUMNS, MOST_NUMBERS // block_m)}"
         )
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    options = launch_options(k)
-    few_tokens_kernel[(triton.cdiv(n, options["ROWS"]),)](
+    few_tokens_kernel[(triton.cdiv(n, TILE_ROWS),)](
         x_2d,
         weight.codes,
         weight.scale_zeros,
@@ -162,7 +153,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         HAS_BIAS=bias is not None,
         GROUP_SIZE=weight.group_size,
         BLOCK_M=block_m,
-        **options,
+        **launch_options(k),
         **common.early_launch(),
     )
     return out.view(*x.shape[:-1], n)

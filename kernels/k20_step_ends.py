@@ -4,8 +4,8 @@ Run it:  python -m kernels.k20_step_ends --check     (against float64; the outpu
          python -m kernels.k20_step_ends --bench
 
 THE IDEA. A step begins with a token and a position and ends with the next token. Both ends look small and are not.
-torch takes three kernels to embed; and to find the best of 50,257 scores, which are no more than 100 KB, it takes 16
-microseconds, as long as eight layers. So:
+torch takes three kernels to embed; and to find the best of 50,257 scores, which are no more than 100 KB, it takes some
+15 microseconds, as long as seven layers. So:
 
     embed_kernel      a row of the embedding (fp16, int8 or int4), a row of wpe, and what lesson 18 wants to know of x
     output_kernel     lesson 18's LayerNorm and the product with 50,257 rows of int8 (lesson 16's format), and

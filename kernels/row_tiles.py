@@ -20,10 +20,14 @@ of a block are summed (fp32): 4 multiplications for 32 weights, in place of 32. 
 would cost the sum three digits.
 """
 
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from kernels.prepared import BLOCK, TILE_ROWS
+
+ROWS = gl.constexpr(TILE_ROWS)  # of the weight, a program
 # `barrier` is so called since Triton 3.7, `async_load` since 3.9.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -81,7 +85,6 @@ def load_weight(
     N,
     blocks,
     GROUP_SIZE: gl.constexpr,
-    ROWS: gl.constexpr,
     STEP: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -186,7 +189,6 @@ def multiply(
     x,  # what `share_tokens` returned
     codes,  # what `load_weight` returned
     words,
-    ROWS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STEP: gl.constexpr,
     mma: gl.constexpr,
@@ -244,3 +246,10 @@ def normalise(product, sums, squares, folded, K, eps, layout: gl.constexpr):
     mean = total_of(sums, layout) / K
     variance = gl.maximum(total_of(squares, layout) / K - mean * mean, 0.0)
     return (product - folded[:, None] * mean) * gl.rsqrt(variance + eps)
+
+
+def launch_options(k: int) -> dict[str, int]:
+    """Blocks of 64 columns a warp, and warps: as many warps as it takes to hold K = k columns in registers."""
+    blocks = triton.cdiv(k, BLOCK)
+    warps = 4 if blocks <= 4 * 13 else 8
+    return {"STEP": triton.cdiv(blocks, warps), "num_warps": warps}

@@ -96,14 +96,12 @@ class Parts(NamedTuple):
         tops: fp32 [B, H, SPLITS], the largest scores.
         totals: fp32 [B, H, SPLITS], the sums of weights.
         arrived: int32 [B, H], how many parts are done; 0 between launches.
-        length: of the cache, L.
     """
 
     outs: Tensor
     tops: Tensor
     totals: Tensor
     arrived: Tensor
-    length: int
 
     @classmethod
     def empty(cls, batch_size: int, n_head: int, head_size: int, length: int, device: torch.device) -> "Parts":
@@ -115,7 +113,6 @@ class Parts(NamedTuple):
             torch.empty((*heads, splits), device=device),
             torch.empty((*heads, splits), device=device),
             torch.zeros(heads, dtype=torch.int32, device=device),
-            length,
         )
 
 

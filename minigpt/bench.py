@@ -19,12 +19,9 @@ position embedding's, and the cache.
 import argparse
 import datetime
 import gc
-import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +32,7 @@ from tqdm import tqdm
 from minigpt import bench_plots, checkpoint, evaluate
 from minigpt.config import PRESETS, GPTConfig
 from minigpt.decode import COMPILER_TUNING, DecodeStep, How, StepLogits, compiled_logits, greedy_way, model_logits
-from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
+from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device, versions
 from minigpt.errors import UserError, run_script
 from minigpt.files import Row, check_file, merge, read_rows, write_json
 from minigpt.model import GPT, KVCache
@@ -306,9 +303,7 @@ def environment(device: str) -> Row:
     """Where a measurement was taken: GPU (or CPU), versions, date, command."""
     return {
         "gpu": describe_device(device),
-        "torch": torch.__version__,
-        "triton": version("triton") if find_spec("triton") else None,
-        "python": platform.python_version(),
+        **versions(),
         "date": datetime.date.today().isoformat(),
         "command": "python -m minigpt.bench " + shlex.join(sys.argv[1:]),
     }

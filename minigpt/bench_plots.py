@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import UserError
 from minigpt.files import Row
+from minigpt.step_profile import GAPS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +37,7 @@ PART_COLOURS = {
     "sampling": "#8C2D04",
 }
 OTHER_COLOURS = ("#56B4E9", "#0072B2", "#F0E442", "#D55E00", "#009E73", "#332288", "#999933", "#882255")
-GAPS, GAPS_COLOUR = "gaps", "#DDDDDD"
+GAPS_COLOUR = "#DDDDDD"
 
 # A line of the plot: is it int4, how it is computed (at each context the fastest counts), its name, colour, marker.
 LINES: tuple[tuple[bool, tuple[str, ...], str, str, str], ...] = (

@@ -1,6 +1,8 @@
 """Which device to compute on, and in which dtype."""
 
 import argparse
+import importlib.metadata
+import importlib.util
 import platform
 
 import torch
@@ -38,3 +40,13 @@ def describe_device(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str | None]:
+    """Of what a measurement depends on."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if has_triton else None,
+    }

@@ -17,7 +17,6 @@ import datetime
 import importlib.metadata
 import importlib.util
 import itertools
-import platform
 import shlex
 import sys
 import time
@@ -28,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from minigpt import checkpoint, data, evaluate, plots
-from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
+from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device, versions
 from minigpt.errors import UserError, run_script
 from minigpt.files import Row, check_file, merge, read_rows, write_json
 from minigpt.generate import seed as read_seed
@@ -169,16 +168,6 @@ def quantized(
 def short_name(name: str) -> str:
     """A model's or a text's name as it stands in a table: of a path, the last part."""
     return Path(name).resolve().name if Path(name).exists() else name
-
-
-def versions() -> dict[str, str | None]:
-    """Of what a measurement depends on."""
-    has_triton = importlib.util.find_spec("triton") is not None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if has_triton else None,
-    }
 
 
 def main() -> None:

@@ -22,15 +22,15 @@ What is adjusted, and how a whole number can be learned at all:
 
 The zeros, the embeddings and the format stay untouched: what comes out is a plain int4 checkpoint.
 
-Measured on the demo model with 150 steps of 4 windows of 128 tokens (a minute on one CPU core), KL divergence on a
-quarter of its test text: at groups of 128 absmax 0.0222 -> 0.0173, mse 0.0200 -> 0.0149, GPTQ 0.0106 -> 0.0095; GPTQ at
-64 0.0092 -> 0.0080, at 32 0.0073 -> 0.0063. So start from GPTQ. With 100 steps of 8 windows of 512, on all of the test
-text, GPTQ at 128: 0.0100 -> 0.0078 (results/accuracy.json). On other windows of the text tuned on, up to twice as
-much is gained, part of it because they overlapped with those: the wider the text, the better. Starting from GPTQ,
-scales and offsets make most of the gain (on such windows 0.0083 -> 0.0072, with codes 0.0071); a third of their step
-sizes gives the same. The codes' are
-delicate: where positions may start at an edge (0.49), or move 0.01 a step, noise changes so many codes that the
-divergence rises at first. Zeros with positions, too, were tried, and none of them changed.
+Measured (results/quantizers.json) on the demo model with 150 steps of 4 windows of 128 tokens (a minute on one CPU
+core), KL divergence on a quarter of its test text: at groups of 128 absmax 0.0222 -> 0.0173, mse 0.0200 -> 0.0149,
+GPTQ 0.0106 -> 0.0095; GPTQ at 64 0.0092 -> 0.0080, at 32 0.0073 -> 0.0063. So start from GPTQ. With 100 steps of 8
+windows of 512, on all of the test text, GPTQ at 128: 0.0100 -> 0.0078 (results/accuracy.json). On other windows of the
+text tuned on, up to twice as much is gained, part of it because they overlapped with those: the wider the text, the
+better. Starting from GPTQ, scales and offsets make most of the gain (on such windows 0.0083 -> 0.0072, with codes
+0.0071); a third of their step sizes gives the same. The codes' are delicate: where positions may start at an edge
+(0.49), or move 0.01 a step, noise changes so many codes that the divergence rises at first. Zeros with positions, too,
+were tried, and none of them changed.
 """
 
 import contextlib
