@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="'kernels.k00_reference' found in sys.
 
 from kernels.cpu import CPUWeight, prepare_for_cpu  # noqa: E402
 from kernels.front_door import dequantize, matmul, matmul_int8, quantize  # noqa: E402
-from kernels.fused import add_matmul, attend, best_tokens, can_fuse, embed, normed_matmul, score  # noqa: E402
+from kernels.fused import add_matmul, all_blocks, attend, best_tokens, can_fuse, embed, normed_matmul, programs_of_all_blocks, score  # noqa: E402
 from kernels.int8 import Int8Weight, dequantize_int8, quantize_int8  # noqa: E402
 from kernels.k00_reference import (  # noqa: E402
     QuantizedWeight,
@@ -31,17 +31,21 @@ from kernels.k00_reference import (  # noqa: E402
 )
 from kernels.lookup import lookup  # noqa: E402
 from kernels.prepared import PreparedWeight, prepare, restore  # noqa: E402
-from kernels.stream import FoldedNorm, Parts, Stream, fold_norm  # noqa: E402
+from kernels.stream import FoldedNorm, Layers, Linears, Mail, Parts, Stream, fold_norm  # noqa: E402
 
 __all__ = [
     "CPUWeight",
     "FoldedNorm",
     "Int8Weight",
+    "Layers",
+    "Linears",
+    "Mail",
     "Parts",
     "PreparedWeight",
     "QuantizedWeight",
     "Stream",
     "add_matmul",
+    "all_blocks",
     "attend",
     "best_tokens",
     "can_fuse",
@@ -60,6 +64,7 @@ __all__ = [
     "pack_weight",
     "prepare",
     "prepare_for_cpu",
+    "programs_of_all_blocks",
     "quantize",
     "quantize_int8",
     "restore",

@@ -8,6 +8,7 @@ A step of a transformer on a few tokens, its residual stream kept in `Stream`:
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from kernels.front_door import HAS_TRITON
 from kernels.int8 import Int8Weight
 from kernels.prepared import BLOCK, PreparedWeight
-from kernels.stream import FoldedNorm, Parts, Stream, attend_reference, gelu_reference, next_power_of_2, values
+from kernels.stream import FoldedNorm, Layers, Mail, Parts, Stream, attend_reference, gelu_reference, next_power_of_2, values
 
 MOST_TOKENS = 8
 
@@ -74,6 +75,38 @@ def add_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor, stream: Stream, 
         _lesson("k18_fused_layers").add_matmul(x, weight, bias, stream, gamma)
     else:
         stream.write(stream.residual + x.float() @ values(weight).t() + bias.float(), gamma.float())
+
+
+def all_blocks(
+    stream: Stream,
+    layers: Layers,
+    k: Sequence[Tensor],
+    v: Sequence[Tensor],
+    positions: Tensor,
+    mail: Mail,
+    distances: Tensor,
+    eps: float,
+) -> None:
+    """Takes the stream of one token through all blocks, see `kernels.k21_whole_step.all_blocks`."""
+    if stream.residual.is_cuda:
+        _lesson("k21_whole_step").all_blocks(stream, layers, k[0], distances, positions, mail, k[0].shape[2], eps)
+        return
+    parts = Parts.empty(*k[0].shape[:2], k[0].shape[3], k[0].shape[2], k[0].device)
+    for i in range(len(k)):
+        norm_1, norm_2 = (
+            FoldedNorm(linears.folded[i], linears.bias[i], layers.gammas[j])
+            for linears, j in ((layers.c_attn, 2 * i), (layers.c_fc, 2 * i + 1))
+        )
+        qkv = normed_matmul(stream, layers.c_attn.weight(i), norm_1, eps)
+        y = attend(qkv, k[i], v[i], positions, parts)
+        add_matmul(y, layers.attn_proj.weight(i), layers.attn_proj.bias[i], stream, layers.gammas[2 * i + 1])
+        hidden = normed_matmul(stream, layers.c_fc.weight(i), norm_2, eps, gelu=True)
+        add_matmul(hidden, layers.mlp_proj.weight(i), layers.mlp_proj.bias[i], stream, layers.gammas[2 * i + 2])
+
+
+def programs_of_all_blocks(device: torch.device) -> int:
+    """How many programs lesson 21 launches; elsewhere none."""
+    return _lesson("k21_whole_step").programs(device) if device.type == "cuda" else 1
 
 
 def score(stream: Stream, wte: Tensor | Int8Weight | PreparedWeight, norm: FoldedNorm, eps: float) -> Tensor:

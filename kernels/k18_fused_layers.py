@@ -56,15 +56,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import common
 from kernels.k00_reference import dequantize_reference, quantize_reference
 from kernels.prepared import TILE_ROWS, PreparedWeight, prepare
-from kernels.row_tiles import launch_options, load_sums, load_weight, multiply, normalise, share_tokens
+from kernels.row_tiles import gelu, launch_options, load_sums, load_weight, multiply, normalise, share_tokens
 from kernels.stream import FoldedNorm, Stream, fold_norm, gelu_reference
-
-
-@gluon.jit
-def gelu(x):
-    """GPT-2's, in the tanh form: 0.5 x (1 + tanh(u)) is x / (1 + exp(-2 u))."""
-    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # sqrt(2 / pi)
-    return x / (1 + gl.exp(-2 * u))
 
 
 @gluon.jit

@@ -248,6 +248,13 @@ def normalise(product, sums, squares, folded, K, eps, layout: gl.constexpr):
     return (product - folded[:, None] * mean) * gl.rsqrt(variance + eps)
 
 
+@gluon.jit
+def gelu(x):
+    """GPT-2's, in the tanh form: 0.5 x (1 + tanh(u)) is x / (1 + exp(-2 u))."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)  # sqrt(2 / pi)
+    return x / (1 + gl.exp(-2 * u))
+
+
 def launch_options(k: int) -> dict[str, int]:
     """Blocks of 64 columns a warp, and warps: as many warps as it takes to hold K = k columns in registers."""
     blocks = triton.cdiv(k, BLOCK)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.int8 import Int8Weight, dequantize_int8
 from kernels.k00_reference import dequantize_reference
-from kernels.prepared import TILE_ROWS, PreparedWeight, restore
+from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, restore
 
 BLOCK_L = 128  # positions of the cache that a program of lesson 19 attends to
 
@@ -134,3 +134,70 @@ def attend_reference(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Te
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n, n at least 1."""
     return 1 << (n - 1).bit_length()
+
+
+class Linears(NamedTuple):
+    """One linear layer of every block: lesson 21 reads those of all blocks from the same few tensors.
+
+    Attributes:
+        codes: int16 [n_layer, N/16, K/64, 16, 16], and
+        scale_zeros: int32 [n_layer, groups, N], see `kernels.prepared.PreparedWeight`.
+        bias: fp32 [n_layer, N]; of a layer behind a LayerNorm what `FoldedNorm` has.
+        folded: fp32 [n_layer, N], see `FoldedNorm`; empty of a layer that is not behind a LayerNorm.
+        group_size: how many weights along K share a scale and a zero.
+    """
+
+    codes: Tensor
+    scale_zeros: Tensor
+    bias: Tensor
+    folded: Tensor
+    group_size: int
+
+    def weight(self, layer: int) -> PreparedWeight:
+        """A block's weight; no copy."""
+        codes = self.codes[layer]
+        return PreparedWeight(codes, self.scale_zeros[layer], codes.shape[1] * BLOCK, self.group_size)
+
+
+class Layers(NamedTuple):
+    """All blocks of a GPT-2.
+
+    Attributes:
+        c_attn, attn_proj, c_fc, mlp_proj: the linear layers.
+        gammas: fp32 [2 n_layer + 1, C], the weights of the LayerNorms in their order, the model's last one included.
+    """
+
+    c_attn: Linears
+    attn_proj: Linears
+    c_fc: Linears
+    mlp_proj: Linears
+    gammas: Tensor
+
+
+class Mail(NamedTuple):
+    """Where lesson 21's programs leave what they made for one another. Twice: a launch that uses one clears the other.
+
+    Attributes:
+        halves: int16 [2, n_layer, 10C], fp16 numbers: query, key and value; attention's output; gamma x after it; the
+            MLP's inner numbers; gamma x after it.
+        words: int32 [2, n_layer, 2C + C/4], fp32 numbers: x and the sums (see `Stream`) after attention and after MLP.
+        parts: int32 [2, n_layer, H, SPLITS, 128], fp32 numbers: attention to a part of the context, and its weight.
+        turns: int32 [programs], how many launches each program has seen.
+    """
+
+    halves: Tensor
+    words: Tensor
+    parts: Tensor
+    turns: Tensor
+
+    @classmethod
+    def empty(cls, n_layer: int, n_head: int, c: int, length: int, programs: int, device: torch.device) -> "Mail":
+        """For a cache of `length` positions; all of it absent."""
+        splits = next_power_of_2(-(-length // BLOCK_L))
+        absent = {"fill_value": -1, "dtype": torch.int32, "device": device}
+        return cls(
+            torch.full((2, n_layer, 10 * c), -1, dtype=torch.int16, device=device),
+            torch.full((2, n_layer, 2 * c + c // 4), **absent),
+            torch.full((2, n_layer, n_head, splits, 128), **absent),
+            torch.zeros(programs, dtype=torch.int32, device=device),
+        )

@@ -40,6 +40,7 @@ from minigpt.quantization.convert import check_fits, quantize_model
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
 from minigpt.quantization.fused_decode import fused_step
 from minigpt.quantization.linear import Int4Linear, Int4Weight
+from minigpt.quantization.persistent_step import persistent_step
 from minigpt.quantization.rtn import METHODS
 from minigpt.step_profile import format_profile, profile_step
 from minigpt.table import format_bytes, format_table
@@ -64,10 +65,11 @@ class Subject(NamedTuple):
 
 
 def ways(weights: str, device: str) -> tuple[str, ...]:
-    """How a decode step can be computed there, see `minigpt.decode.How`; fused: by kernels made for it."""
+    """How a decode step can be computed there, see `minigpt.decode.How`; fused: by kernels made for it; persistent: all
+    blocks by one kernel."""
     if not device.startswith("cuda"):
         return ("eager",)
-    return ("captured", "fused") if weights == "int4" else ("eager", "captured", "compiled")
+    return ("captured", "fused", "persistent") if weights == "int4" else ("eager", "captured", "compiled")
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------
@@ -169,6 +171,8 @@ def step_for(how: str, model: GPT, batch_size: int, tuning: Sequence[str]) -> St
     """The computation of a step; None if it is not possible for this model and batch."""
     if how == "fused":
         return fused_step(model, batch_size)
+    if how == "persistent":
+        return persistent_step(model, batch_size)
     plain = model_logits(model)
     return compiled_logits(plain, tuning) if how == "compiled" else plain
 
@@ -343,7 +347,7 @@ def bench_profile(args: argparse.Namespace) -> list[Row]:
     for subject in subjects(args.model, [arithmetic_dtype(args.device)], group_size, args.embedding, args.device):
         for how in ways(subject.labels["weights"], args.device):
             step_logits = step_for(how, subject.model, args.batch_size, tuning=())
-            if how == "compiled" or step_logits is None:  # what the compiler made of the parts cannot be told apart
+            if how in ("compiled", "persistent") or step_logits is None:  # their parts cannot be told apart
                 continue
             parts = profile_step(
                 subject.model, step_logits, random_cache(subject.model, args.batch_size, args.context), how
@@ -383,7 +387,10 @@ def parse_args() -> argparse.Namespace:
         help=f"(default: those of {default} that the model reads)",
     )
     decode.add_argument(
-        "--how", nargs="+", choices=("eager", "captured", "compiled", "fused"), help="(default: all that are possible)"
+        "--how",
+        nargs="+",
+        choices=("eager", "captured", "compiled", "fused", "persistent"),
+        help="(default: all that are possible)",
     )
     decode.add_argument(
         "--tuning",

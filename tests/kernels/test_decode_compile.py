@@ -149,6 +149,44 @@ def compile_triton(kernel, pointers, integers, options, arch):
     }
 
 
+def compile_whole_step(n_embd):
+    """Lesson 21 for Hopper: what it takes, and between its waits for numbers, how often it loads codes."""
+    import triton
+    from compile_kernels import resource_usage
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from kernels import k21_whole_step as lesson
+
+    kernel = lesson.whole_step_kernel
+    options = lesson.launch_options(n_embd) | {"BLOCK_L": 128, "SPLITS": 8, "GROUP_SIZE": 64, "PDL": False}
+    pointed = {"cache_ptr": "fp16", "positions_ptr": "i64", "distances_ptr": "i64"}
+    pointed |= {name: "i16" for name in kernel.arg_names if name.endswith("codes_ptr")}
+    pointed |= {name: "fp32" for name in kernel.arg_names if name.endswith(("bias_ptr", "folded_ptr", "gammas_ptr"))}
+    pointed |= {"scaled_ptr": "i16", "halves_ptr": "i16"}
+    types = {name: f"*{pointed.get(name, 'i32')}" for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {"eps": "fp32", "scale": "fp32"} | dict.fromkeys(options, "constexpr")
+    divisible = [name for name in kernel.arg_names if name.endswith("_ptr") or name in ("C", "L")]
+    source = GluonASTSource(
+        fn=kernel,
+        signature={name: types.get(name, "i32") for name in kernel.arg_names},
+        constexprs=options,
+        attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["num_warps"]})
+    ptx = compiled.asm["ptx"]
+    between = re.split(r"(?:ld\.relaxed\.gpu\.global\.v4\.b32[^;]*;\s*)+", ptx)
+    return {
+        "n_embd": n_embd,
+        "steps": [options["STEP"], options["STEP_4"]],
+        **resource_usage(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "mma": len(re.findall(r"\bmma\.sync\.aligned\.m16n8k16", ptx)),
+        "codes": [len(re.findall(r"ld\.global\.v2\.b32", part)) for part in between],
+        "cache": [len(re.findall(r"ld\.global\.v4\.b32", part)) for part in between],
+    }
+
+
 def is_xl_on_a_small_gpu(result):
     """Eight tokens of 6400 columns, 128 KiB: one that does not fit, and that is not launched."""
     return (result["arch"], result.get("m"), result.get("k")) == (86, 8, 6400)
@@ -214,7 +252,21 @@ def test_lesson_19_has_its_keys_and_values_before_the_wait(compiled):
     assert all(result["stores_before"] == 0 for result in compiled["triton"])
 
 
+def test_lesson_21_is_resident_and_loads_before_it_waits(compiled):
+    """Two programs of 128 threads have 65,536 registers and the shared memory between them; codes come 8 bytes a load.
+
+    It waits for numbers in six places: for x, for the query, for the parts of attention, and three times for x.
+    """
+    for result in compiled["whole_step"]:
+        assert result["stack"] <= 32 and result["shared"] <= SHARED_MEMORY[90] // 2 - 1024, result
+        step, step_4 = result["steps"]
+        assert result["mma"] == 4 * (3 * step + step_4), result
+        assert result["codes"] == [2 * step, 0, 0, 2 * step, 2 * step, 2 * step_4, 0], result
+        assert result["cache"] == [0, 16, 0, 0, 0, 0, 0], result
+
+
 if __name__ == "__main__":
     gluon = [compile_gluon(*variant) for variant in gluon_variants()]
     plain = [compile_triton(*variant, arch) for variant in triton_variants() for arch in (80, 90)]
-    print(json.dumps({"gluon": gluon, "triton": plain}))
+    whole_step = [compile_whole_step(n_embd) for n_embd in (192, 768, 1024, 1280, 1600)]
+    print(json.dumps({"gluon": gluon, "triton": plain, "whole_step": whole_step}))
