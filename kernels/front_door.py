@@ -42,6 +42,8 @@ class Rule(NamedTuple):
         lesson: the module whose `matmul` it is.
         most_rows: N is at most this.
         most_columns: K is at most this.
+        least_fill: at least this share of the multiprocessors is at work, by `fill`, if lesson 12's tallest tiles are
+            dealt out to them in rounds.
     """
 
     gpu: str
@@ -52,20 +54,24 @@ class Rule(NamedTuple):
     lesson: str
     most_rows: int = ANY_NUMBER
     most_columns: int = ANY_NUMBER
+    least_fill: float = 0.0
 
 
 # The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json, k17_few_tokens.json):
 # lesson 17 serves few tokens where a program can hold a row's codes in its registers; up to some 80 tokens lesson 9 is
-# ahead of lesson 12, and above that where there is too little work for lesson 12's large tiles to fill the machine.
-# Those for any GPU take what asks least of it.
+# ahead of lesson 12, and above that where there is too little work for it. From some 400 on, where the weight is small
+# beside the product, lesson 11 leaves the product to the vendor, who has tiles of all sizes: lesson 12 is ahead only
+# where its own happen to fill the machine. Those for any GPU take what asks least of it.
 RULES = (
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=4096),
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=8192, most_rows=4096),
     Rule("sm_90", 16, 16, 0, 64, "k17_few_tokens", most_columns=4096, most_rows=5120),
     Rule(ANY_GPU, 16, 1, 0, 16, "k10_gemv"),
     Rule("sm_90", 16, 80, 0, 16, "k09_split_k"),
-    Rule("sm_90", 16, ANY_NUMBER, 3 * 2**29, 64, "k12_hopper"),
-    Rule("sm_90", 16, ANY_NUMBER, 0, 64, "k09_split_k"),  # too little to fill the machine with lesson 12's large tiles
+    Rule("sm_90", 16, 384, 3 * 2**29, 64, "k12_hopper"),
+    Rule("sm_90", 16, 384, 0, 64, "k09_split_k"),
+    Rule("sm_90", 16, 1024, 0, 64, "k12_hopper", least_fill=0.75),
+    Rule("sm_90", 16, 4095, 0, 64, "k12_hopper", least_fill=0.9),
     Rule(ANY_GPU, 16, 256, 0, 16, "k09_split_k"),
     Rule(ANY_GPU, 16, ANY_NUMBER, 0, 16, "k11_dequantize_gemm"),
     Rule("sm_90", 8, 63, 0, 16, "k13_w4a8"),
@@ -77,6 +83,7 @@ MEASURED = ("sm_90",)
 INT8_LESSON_TOKENS = 16  # lesson 16 multiplies this many; more are better served by the vendor's matmul
 
 
+@functools.lru_cache(maxsize=4096)  # every matmul asks
 def choose_lesson(gpu: str, activation_bits: int, m: int, n: int, k: int, group_size: int) -> str:
     """The name of the lesson's module that RULES gives for x [m, k] and a weight [n, k]."""
     return next(
@@ -89,7 +96,14 @@ def choose_lesson(gpu: str, activation_bits: int, m: int, n: int, k: int, group_
         and group_size % rule.group_unit == 0
         and n <= rule.most_rows
         and k <= rule.most_columns
+        and fill(m, n) >= rule.least_fill
     )
+
+
+def fill(m: int, n: int) -> float:
+    """The share of an H200's 132 multiprocessors that have a tile of 256 x 128 of out [m, n], over all rounds."""
+    tiles = -(-m // 256) * -(-n // 128)
+    return tiles / (-(-tiles // 132) * 132)
 
 
 @functools.cache
@@ -116,8 +130,24 @@ def quantize(weight: Tensor, group_size: int, symmetric: bool = False, search: b
     return quantize_reference(weight, group_size, symmetric, search)
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float16) -> Tensor:
-    """The weight that the codes stand for: -> `dtype` [N, K]. Lesson 2's kernel on a GPU, the reference elsewhere."""
+def dequantize(
+    weight: QuantizedWeight | PreparedWeight | CPUWeight | Int8Weight, dtype: torch.dtype = torch.float16
+) -> Tensor:
+    """The weight that the codes stand for: -> `dtype` [N, K]. Lessons 2, 11 and 16 on a GPU, else the references."""
+    if isinstance(weight, Int8Weight):
+        if HAS_TRITON and weight.codes.is_cuda:
+            from kernels.k16_int8_rows import dequantize as dequantize_rows
+
+            return dequantize_rows(weight, dtype)
+        return dequantize_int8(weight, dtype)
+    if isinstance(weight, PreparedWeight):
+        if HAS_TRITON and weight.codes.is_cuda:
+            from kernels.k11_dequantize_gemm import dequantize as dequantize_prepared
+
+            return dequantize_prepared(weight, dtype)
+        weight = restore(weight)
+    if isinstance(weight, CPUWeight):
+        weight = weight.file
     if HAS_TRITON and weight.qweight.is_cuda:
         from kernels.k02_dequantize import dequantize as dequantize_triton
 
@@ -230,8 +260,17 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 # ---- the operator ----------------------------------------------------------------------------------------------------
 
 
-# torch.compile does not look inside of an operator, so Triton's launchers are no graph break for it.
-@torch.library.custom_op("minigpt::int4_matmul", mutates_args=())
+# torch.compile does not look inside of an operator, so Triton's launchers are no graph break for it. Defined without
+# `torch.library.custom_op`, whose checks at each call take 20 microseconds; this way it is 3.
+LIBRARY = torch.library.Library("minigpt", "DEF")
+LIBRARY.define(
+    "int4_matmul(Tensor x, Tensor codes, Tensor scale_zeros, int in_features, int group_size, Tensor? bias, "
+    "int activation_bits) -> Tensor"
+)
+LIBRARY.define("int8_matmul(Tensor x, Tensor codes, Tensor scales) -> Tensor")
+
+
+@torch.library.impl(LIBRARY, "int4_matmul", "CompositeExplicitAutograd")
 def int4_matmul(
     x: Tensor,
     codes: Tensor,
@@ -255,13 +294,13 @@ def int4_matmul(
         return _run(lesson, x, weight, bias)
 
 
-@int4_matmul.register_fake
+@torch.library.register_fake("minigpt::int4_matmul", lib=LIBRARY)
 def _(x: Tensor, codes: Tensor, scale_zeros: Tensor, *_: object) -> Tensor:
     """What comes out, without its numbers: for torch.compile."""
     return x.new_empty((*x.shape[:-1], scale_zeros.shape[1]))
 
 
-@torch.library.custom_op("minigpt::int8_matmul", mutates_args=())
+@torch.library.impl(LIBRARY, "int8_matmul", "CompositeExplicitAutograd")
 def int8_matmul(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """`matmul_int8` as the operator torch.ops.minigpt.int8_matmul over plain tensors."""
     weight = Int8Weight(codes, scales)
@@ -272,11 +311,11 @@ def int8_matmul(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         with torch.cuda.device_of(x):
             return importlib.import_module("kernels.k16_int8_rows").matmul(x, weight)
     if x.is_cuda:
-        return torch.nn.functional.linear(x, dequantize_int8(weight, x.dtype))
+        return torch.nn.functional.linear(x, dequantize(weight, x.dtype))
     return cpu.matmul_int8(x, weight) if cpu.has_int8_kernel() else matmul_int8_reference(x, weight)
 
 
-@int8_matmul.register_fake
+@torch.library.register_fake("minigpt::int8_matmul", lib=LIBRARY)
 def _(x: Tensor, codes: Tensor, *_: object) -> Tensor:
     """What comes out, without its numbers: for torch.compile."""
     return x.new_empty((*x.shape[:-1], codes.shape[0]))

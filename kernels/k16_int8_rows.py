@@ -127,6 +127,36 @@ def few_tokens_kernel(
     tl.store(out_ptrs, result.to(out_ptr.dtype.element_ty), mask=(rows < N)[:, None] & (tokens < M)[None, :])
 
 
+@triton.jit
+def dequantize_kernel(
+    codes_ptr,  # int8 [N, K]
+    scales_ptr,  # fp16 [N]
+    w_ptr,  # fp16, bf16 or fp32 [N, K]
+    N,
+    K,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Writes a tile [ROWS, BLOCK_K] of the weight out."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    offs = rows.to(tl.int64)[:, None] * K + offs_k[None, :]  # [ROWS, BLOCK_K]
+    mask = (rows < N)[:, None] & (offs_k < K)[None, :]
+    codes = tl.load(codes_ptr + offs, mask=mask, other=0)
+    scales = tl.load(scales_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(w_ptr + offs, (codes.to(tl.float32) * scales).to(w_ptr.dtype.element_ty), mask=mask)
+
+
+def dequantize(weight: Int8Weight, dtype: torch.dtype = torch.float16) -> Tensor:
+    """The weight that the codes stand for, for the vendor's matmul: -> `dtype` [N, K], as `kernels.int8` has it."""
+    n, k = weight.codes.shape
+    w = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
+    rows, block_k = 16, 256
+    grid = (triton.cdiv(n, rows), triton.cdiv(k, block_k))
+    dequantize_kernel[grid](*weight, w, n, k, ROWS=rows, BLOCK_K=block_k)
+    return w
+
+
 def launch_options(m: int, k: int) -> dict[str, int]:
     """Rows a program, columns a step, warps: for m tokens and rows of k codes."""
     if m == 1:
@@ -172,6 +202,10 @@ def check() -> Iterator[common.Check]:
             x = common.random_tensor(m, k, dtype=dtype, seed=2)
             error = common.relative_error(matmul(x, weight), x.double() @ w.t())
             yield f"{m} x {n} x {k}, {dtype}, relative error {error:.1e}", error < common.tolerance(dtype)
+            yield (
+                f"{n} x {k}, written out in {dtype}",
+                torch.equal(dequantize(weight, dtype), dequantize_int8(weight, dtype)),
+            )
 
 
 def bench() -> list[common.Row]:

@@ -31,10 +31,7 @@ from minigpt.decode import DecodeStep, How, StepLogits, greedy_way, model_logits
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.sampling import GREEDY
-
-# How many logits are computed at once, [tokens, vocabulary] together: enough to keep a GPU busy (in float32, 128 MB),
-# and few enough for a CPU's cache (8 MB).
-LOGITS_AT_ONCE = {"cuda": 2**25, "cpu": 2**21}
+from minigpt.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -115,41 +112,17 @@ def perplexity(
     n_scored = sum(end - first for _, end, first in plan)
     # The sums stay on the device until the end: to read one is to wait for the GPU, which then waits for us.
     sums = torch.zeros(3, dtype=torch.float64, device=tokens.device)  # negative log-likelihood, KL, agreements
+    scorer = Scorer(model, reference)
     with tqdm(total=len(plan), desc=label, unit="window", leave=False, file=sys.stderr) as bar:
         # Windows of one shape go through together. Only a text's first and last one may differ from the others.
         for (_, skip), alike in itertools.groupby(plan, key=lambda w: (w[1] - w[0], w[2] - w[0])):
             begins = [(begin, end) for begin, end, _ in alike]
             for i in range(0, len(begins), batch_size):
                 batch = torch.stack([tokens[begin:end] for begin, end in begins[i : i + batch_size]])  # [B, T]
-                sums += _score(model, batch, skip, reference)
+                sums += scorer(batch, skip)
                 bar.update(len(batch))
     nats, kl, agreements = sums.tolist()
     return Score(nats, n_scored) if reference is None else Score(nats, n_scored, kl / n_scored, agreements / n_scored)
-
-
-def _score(model: GPT, batch: Tensor, skip: int, reference: GPT | None = None) -> Tensor:
-    """Sums over the tokens of some windows, all but the first `skip` >= 1 of each: int64 [B, T] -> float64 [3].
-
-    They are the negative log-likelihood, KL(reference || model) and the agreements; without a reference, the last two
-    are 0. Logits are many (GPT-2 has 50,257 for a token), so they are computed for some tokens at a time.
-    """
-    models = [model] if reference is None else [model, reference]
-    hidden = [each.hidden(batch)[:, skip - 1 : -1].flatten(0, 1) for each in models]  # [S, C], S = B (T - skip)
-    targets = batch[:, skip:].flatten()  # [S]
-    sums = torch.zeros(3, dtype=torch.float64, device=batch.device)
-    rows = max(128, LOGITS_AT_ONCE[batch.device.type] // model.config.vocab_size // 128 * 128)  # whole matmul tiles
-    for i in range(0, len(targets), rows):
-        # log_softmax converts as it reads, so that no float32 copy of the logits is made. Each [rows, V].
-        logs = [
-            each.lm_head(part[i : i + rows]).log_softmax(-1, dtype=torch.float32)
-            for each, part in zip(models, hidden, strict=True)
-        ]
-        sums[0] -= logs[0].gather(1, targets[i : i + rows, None]).sum(dtype=torch.float64)
-        if reference is not None:
-            log_q, log_p = logs
-            sums[1] += (log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64)
-            sums[2] += (log_p.argmax(-1) == log_q.argmax(-1)).sum()
-    return sums
 
 
 @torch.inference_mode()
@@ -163,7 +136,9 @@ def scoring_rate(model: GPT, tokens: Tensor, length: int, batch_size: int, secon
         seconds: how long to measure, about.
     """
     batch = tokens[torch.arange(batch_size * length, device=tokens.device) % len(tokens)].view(batch_size, length)
-    times = _repeat(lambda: _score(model, batch, skip=1), tokens.device, seconds)
+    scorer = Scorer(model)
+    scorer(batch, skip=1)  # a first call runs, and the second, which is not counted either, records
+    times = _repeat(lambda: scorer(batch, skip=1), tokens.device, seconds)
     return batch.numel() / statistics.median(times)
 
 

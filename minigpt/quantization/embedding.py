@@ -58,6 +58,10 @@ class Int8Embedding(nn.Module):
         """x @ w^T: floating [..., n_embd] -> [..., vocab_size], in x's dtype."""
         return kernels.matmul_int8(x, self.weight)
 
+    def written_out(self) -> Tensor:
+        """The weight in floating point: `dtype` [vocab_size, n_embd]."""
+        return kernels.dequantize(self.weight, self.dtype)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Int8Embedding":
         """Moves; a cast changes what comes out, not what is stored."""
         scales = self.scales
@@ -86,6 +90,10 @@ class Int4Embedding(Int4Weight):
         """x @ w^T: floating [..., n_embd] -> [..., vocab_size], in x's dtype."""
         return kernels.matmul(x, self.held)
 
+    def written_out(self) -> Tensor:
+        """The weight in floating point: `dtype` [vocab_size, n_embd]."""
+        return kernels.dequantize(self.held, self.dtype)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Int4Embedding":
         super()._apply(fn, recurse)
         self.dtype = _dtype_after(fn, self.dtype)
@@ -102,6 +110,11 @@ class TiedOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """floating [..., n_embd] -> logits [..., vocab_size], in x's dtype."""
         return self._embedding[0].logits(x)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in floating point, [vocab_size, n_embd], made anew each time."""
+        return self._embedding[0].written_out()
 
 
 def _dtype_after(fn: Callable[..., Any], dtype: torch.dtype) -> torch.dtype:
@@ -137,7 +150,7 @@ def quantize_embedding(model: GPT, choice: str, group_size: int) -> LayerReport 
     if choice == "int8":
         int8 = kernels.quantize_int8(weight)
         install(model, Int8Embedding(int8, weight.dtype))
-        return LayerReport.of("wte", weight, kernels.dequantize_int8(int8, torch.float32), _bytes(int8))
+        return LayerReport.of("wte", weight, kernels.dequantize(int8, torch.float32), _bytes(int8))
     int4 = mse(weight, layer_group_size(weight.shape[1], group_size))
     install(model, Int4Embedding(int4, weight.dtype))
     return LayerReport.of("wte", weight, kernels.dequantize(int4, torch.float32), _bytes(int4))

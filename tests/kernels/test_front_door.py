@@ -52,7 +52,11 @@ def relative_error(out, expected):
         ("gfx942", 16, 1, 768, 768, 768, "k10_gemv"),
         ("sm_90", 16, 80, 8192, 8192, 128, "k09_split_k"),
         ("sm_90", 16, 81, 8192, 8192, 64, "k12_hopper"),
-        ("sm_90", 16, 2048, 512, 2048, 64, "k12_hopper"),
+        ("sm_90", 16, 2048, 512, 2048, 64, "k11_dequantize_gemm"),
+        ("sm_90", 16, 2048, 8192, 2048, 64, "k12_hopper"),  # 512 tiles in 4 rounds
+        ("sm_90", 16, 2048, 6400, 1600, 64, "k11_dequantize_gemm"),  # 400 tiles in 4 rounds
+        ("sm_90", 16, 512, 6400, 1600, 64, "k12_hopper"),  # 100 tiles in a round
+        ("sm_90", 16, 8192, 8192, 8192, 128, "k11_dequantize_gemm"),
         ("sm_90", 16, 2048, 8192, 8192, 32, "k11_dequantize_gemm"),
         ("sm_90", 16, 128, 512, 2048, 64, "k09_split_k"),
         ("sm_90", 8, 2048, 8192, 8192, 64, "k15_w4a8_hopper"),

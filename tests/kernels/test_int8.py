@@ -113,6 +113,16 @@ def lesson():
     return common, k16_int8_rows
 
 
+@pytest.mark.parametrize(("n", "k"), [*SHAPES, (17, 300)])
+def test_lesson_16_writes_the_weight_out(canary, n, k):
+    common, k16 = lesson()
+    int8 = kernels.quantize_int8(torch.randn(n, k, device=common.DEVICE))
+    canary.outputs.clear()
+    for dtype in [*common.ACTIVATION_DTYPES, torch.float32]:
+        assert torch.equal(k16.dequantize(int8, dtype), kernels.dequantize_int8(int8, dtype))
+    canary.check()
+
+
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("m", [1, 2, 16])
 def test_lesson_16(canary, m, n, k):

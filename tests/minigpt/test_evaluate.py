@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from minigpt import checkpoint, evaluate
+from minigpt import checkpoint, evaluate, scoring
 from minigpt.errors import UserError
 
 
@@ -79,7 +79,7 @@ def divergence_and_agreement(p_model, q_model, tokens, context_length, stride):
 @pytest.mark.parametrize("rows", [128, 10**6])
 def test_divergence_is_its_definition(pair, tmp_path, monkeypatch, n_tokens, context_length, stride, rows):
     """Against transformers' logits of two different models; whether all tokens' logits are computed at once or not."""
-    monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", {"cpu": rows * 97})
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", {"cpu": rows * 97})
     reference, ours = pair
     other = copy.deepcopy(reference)
     for parameter in other.parameters():
