@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="'kernels.k00_reference' found in sys.
 
 from kernels.cpu import CPUWeight, prepare_for_cpu  # noqa: E402
 from kernels.front_door import dequantize, matmul, matmul_int8, quantize  # noqa: E402
-from kernels.fused import add_matmul, all_blocks, attend, best_tokens, can_fuse, embed, normed_matmul, programs_of_all_blocks, score  # noqa: E402
+from kernels.fused import add_matmul, all_blocks, attend, best_tokens, can_fuse, embed, mail_for, normed_matmul, score  # noqa: E402
 from kernels.int8 import Int8Weight, dequantize_int8, quantize_int8  # noqa: E402
 from kernels.k00_reference import (  # noqa: E402
     QuantizedWeight,
@@ -57,6 +57,7 @@ __all__ = [
     "fold_norm",
     "group_sizes",
     "lookup",
+    "mail_for",
     "matmul",
     "matmul_int8",
     "normed_matmul",
@@ -64,7 +65,6 @@ __all__ = [
     "pack_weight",
     "prepare",
     "prepare_for_cpu",
-    "programs_of_all_blocks",
     "quantize",
     "quantize_int8",
     "restore",

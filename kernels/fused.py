@@ -1,4 +1,4 @@
-"""The parts of a fused decode step: lessons 18 to 20 on a GPU that can run them, and the same in plain torch elsewhere.
+"""The parts of a fused decode step: lessons 18 to 21 on a GPU that can run them, and the same in plain torch elsewhere.
 
 A step of a transformer on a few tokens, its residual stream kept in `Stream`:
 
@@ -18,7 +18,17 @@ from torch import Tensor
 from kernels.front_door import HAS_TRITON
 from kernels.int8 import Int8Weight
 from kernels.prepared import BLOCK, PreparedWeight
-from kernels.stream import FoldedNorm, Layers, Mail, Parts, Stream, attend_reference, gelu_reference, next_power_of_2, values
+from kernels.stream import (
+    FoldedNorm,
+    Layers,
+    Mail,
+    Parts,
+    Stream,
+    attend_reference,
+    gelu_reference,
+    next_power_of_2,
+    values,
+)
 
 MOST_TOKENS = 8
 
@@ -84,14 +94,14 @@ def all_blocks(
     v: Sequence[Tensor],
     positions: Tensor,
     mail: Mail,
-    distances: Tensor,
     eps: float,
 ) -> None:
     """Takes the stream of one token through all blocks, see `kernels.k21_whole_step.all_blocks`."""
     if stream.residual.is_cuda:
-        _lesson("k21_whole_step").all_blocks(stream, layers, k[0], distances, positions, mail, k[0].shape[2], eps)
+        _lesson("k21_whole_step").all_blocks(stream, layers, k, v, positions, mail, eps)
         return
-    parts = Parts.empty(*k[0].shape[:2], k[0].shape[3], k[0].shape[2], k[0].device)
+    batch_size, n_head, length, head_size = k[0].shape
+    parts = Parts.empty(batch_size, n_head, head_size, length, k[0].device)
     for i in range(len(k)):
         norm_1, norm_2 = (
             FoldedNorm(linears.folded[i], linears.bias[i], layers.gammas[j])
@@ -104,9 +114,9 @@ def all_blocks(
         add_matmul(hidden, layers.mlp_proj.weight(i), layers.mlp_proj.bias[i], stream, layers.gammas[2 * i + 2])
 
 
-def programs_of_all_blocks(device: torch.device) -> int:
-    """How many programs lesson 21 launches; elsewhere none."""
-    return _lesson("k21_whole_step").programs(device) if device.type == "cuda" else 1
+def mail_for(k: Sequence[Tensor], v: Sequence[Tensor]) -> Mail:
+    """What `all_blocks` wants for a cache."""
+    return Mail.empty(k, v, _lesson("k21_whole_step").programs(k[0].device) if k[0].is_cuda else 1)
 
 
 def score(stream: Stream, wte: Tensor | Int8Weight | PreparedWeight, norm: FoldedNorm, eps: float) -> Tensor:

@@ -34,8 +34,8 @@ understood. In a whole step of GPT-2 124M the best token brought along saves 15
 microseconds of 179.
 
 NEXT. All of a step is there: minigpt/quantization/fused_decode.py puts it together, 63 kernels for GPT-2 124M, captured
-in a CUDA graph. EXERCISE. Sampling with a temperature needs a draw from softmax(logits). Which sums would output_kernel
-have to bring along so that no kernel needs to read all logits again?
+in a CUDA graph. Would one for all blocks be faster (lesson 21)? EXERCISE. Sampling with a temperature needs a draw from
+softmax(logits). Which sums would output_kernel have to bring along so that no kernel needs to read all logits again?
 """
 
 from collections.abc import Iterator

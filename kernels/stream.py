@@ -8,6 +8,7 @@ mean and deviation need no pass over x: each kernel that writes a piece of x lea
 Attention, which comes between, has its scratch and its reference here as well.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -180,24 +181,32 @@ class Mail(NamedTuple):
     Attributes:
         halves: int16 [2, n_layer, 10C], fp16 numbers: query, key and value; attention's output; gamma x after it; the
             MLP's inner numbers; gamma x after it.
-        words: int32 [2, n_layer, 2C + C/4], fp32 numbers: x and the sums (see `Stream`) after attention and after MLP.
+        words: int32 [2, n_layer, 2C + C/4], fp32 numbers: x and its sums (see `Stream`) after attention and MLP.
         parts: int32 [2, n_layer, H, SPLITS, 128], fp32 numbers: attention to a part of the context, and its weight.
         turns: int32 [programs], how many launches each program has seen.
+        distances: int64 [n_layer, 2], how far each layer's keys and values are from the first's keys, in 16 bytes.
     """
 
     halves: Tensor
     words: Tensor
     parts: Tensor
     turns: Tensor
+    distances: Tensor
 
     @classmethod
-    def empty(cls, n_layer: int, n_head: int, c: int, length: int, programs: int, device: torch.device) -> "Mail":
-        """For a cache of `length` positions; all of it absent."""
-        splits = next_power_of_2(-(-length // BLOCK_L))
-        absent = {"fill_value": -1, "dtype": torch.int32, "device": device}
+    def empty(cls, k: Sequence[Tensor], v: Sequence[Tensor], programs: int) -> "Mail":
+        """For a cache, tensors [1, H, L, D], and as many programs; nothing has been sent."""
+        _, n_head, length, head_size = k[0].shape
+        device, n_layer, c = k[0].device, len(k), n_head * head_size
+        places = [[tensor.data_ptr() - k[0].data_ptr() for tensor in pair] for pair in zip(k, v, strict=True)]
+
+        def absent(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.full((2, n_layer, *shape), -1, dtype=dtype, device=device)
+
         return cls(
-            torch.full((2, n_layer, 10 * c), -1, dtype=torch.int16, device=device),
-            torch.full((2, n_layer, 2 * c + c // 4), **absent),
-            torch.full((2, n_layer, n_head, splits, 128), **absent),
+            absent(10 * c, dtype=torch.int16),
+            absent(2 * c + c // 4),
+            absent(n_head, next_power_of_2(-(-length // BLOCK_L)), 2 * head_size),
             torch.zeros(programs, dtype=torch.int32, device=device),
+            torch.tensor(places, device=device) // 16,
         )

@@ -82,22 +82,24 @@ class FusedStep:
 
 
 def fused_step(model: GPT, batch_size: int) -> FusedStep | None:
-    """The fused step for a model and as many sequences, or None where the kernels do not serve it.
+    """The fused step for a model and as many sequences, or None where the kernels do not serve it."""
+    return FusedStep(model) if fits_kernels(model, batch_size) else None
+
+
+def fits_kernels(model: GPT, batch_size: int) -> bool:
+    """Whether the kernels serve a model and as many sequences.
 
     They do for models whose blocks are all int4 with groups of a multiple of 64, n_embd a multiple of 64 and at most
     2048, activations in fp16, on an NVIDIA GPU of sm_80 or newer with enough shared memory for x, up to 8 sequences.
     """
-    if model.config.n_embd % BLOCK:
-        return None
     linears = [layer for b in blocks(model) for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
     dtype = model.wpe.weight.dtype
-    fits = all(
+    return model.config.n_embd % BLOCK == 0 and all(
         isinstance(layer, Int4Linear)
         and layer.activation_bits == 16
         and kernels.can_fuse(layer.held, dtype, batch_size)
         for layer in linears
     )
-    return FusedStep(model) if fits else None
 
 
 def blocks(model: GPT) -> list[Block]:

@@ -159,7 +159,7 @@ def compile_whole_step(n_embd):
     from kernels import k21_whole_step as lesson
 
     kernel = lesson.whole_step_kernel
-    options = lesson.launch_options(n_embd) | {"BLOCK_L": 128, "SPLITS": 8, "GROUP_SIZE": 64, "PDL": False}
+    options = lesson.launch_options(n_embd) | {"BLOCK_L": 128, "SPLITS": 8, "GROUP_SIZE": 64}
     pointed = {"cache_ptr": "fp16", "positions_ptr": "i64", "distances_ptr": "i64"}
     pointed |= {name: "i16" for name in kernel.arg_names if name.endswith("codes_ptr")}
     pointed |= {name: "fp32" for name in kernel.arg_names if name.endswith(("bias_ptr", "folded_ptr", "gammas_ptr"))}

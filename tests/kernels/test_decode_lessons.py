@@ -1,6 +1,6 @@
-"""Lessons 17 to 20, and the residual stream between them, against float64.
+"""Lessons 17 to 21, and the residual stream between them, against float64.
 
-Lessons 17 and 18 and the output layer of lesson 20 are Gluon, for which there is no interpreter: they need a GPU.
+Lessons 17, 18 and 21 and the output layer of lesson 20 are Gluon, for which there is no interpreter: they need a GPU.
 """
 
 import pytest
@@ -18,6 +18,7 @@ from kernels import (  # noqa: E402
     k18_fused_layers,
     k19_attention,
     k20_step_ends,
+    k21_whole_step,
 )
 from kernels.k00_reference import dequantize_reference, quantize_reference  # noqa: E402
 from kernels.prepared import prepare  # noqa: E402
@@ -547,3 +548,26 @@ def test_of_equal_rows_the_first_is_picked():
     same = kernels.Int8Weight(weight.codes[rows], weight.scales[rows])
     _, tokens = k20_step_ends.score_and_pick(stream, same, fold_norm(same, gamma, beta), EPS)
     assert tokens[0].item() == min(3, best)
+
+
+# ---- lesson 21
+
+
+@mma_or_cpu
+@pytest.mark.parametrize(("c", "length", "at"), [(64, 100, (0, 99)), (192, 300, (130, 7, 299, 128, 129))])
+def test_all_blocks(c, length, at):
+    """On a GPU the kernel, which must find its mail cleared whatever was attended to before; else the five parts."""
+    layers = k21_whole_step.random_layers(3, c)
+    k, v = ([randn(1, c // 64, length, 64, dtype=torch.float16) for _ in range(3)] for _ in range(2))
+    mail, stream = kernels.mail_for(k, v), Stream.zeros(1, c, DEVICE)
+    for position in at:
+        positions = torch.tensor([[position]], device=DEVICE)
+        stream.write(randn(1, c), layers.gammas[0])
+        k64, v64 = ([tensor.double() for tensor in tensors] for tensors in (k, v))
+        x = stream.residual.double()
+        expected = k21_whole_step.all_blocks_reference(x, layers, k64, v64, positions, EPS)
+        kernels.all_blocks(stream, layers, k, v, positions, mail, EPS)
+        rewritten = Stream.zeros(1, c, DEVICE)
+        rewritten.write(stream.residual, layers.gammas[-1])
+        for ours, reference in zip((*stream, *k, *v), (expected, *rewritten[1:], *k64, *v64), strict=True):
+            assert common.relative_error(ours, reference) < 3 * common.tolerance(torch.float16)
