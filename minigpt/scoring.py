@@ -96,11 +96,15 @@ class OutputLayer:
         """model: in evaluation mode."""
         self.layer: nn.Module = model.lm_head
         if model.wpe.weight.is_cuda:
-            weight: Tensor = model.lm_head.weight  # [V, C]
-            too_many = -len(weight) % ALIGNED
-            self.weight = F.pad(weight, (0, 0, 0, too_many))
-            self.bias = F.pad(weight.new_zeros(len(weight)), (0, too_many), value=-torch.inf)
+            self.weight, self.bias = align(model.lm_head.weight)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[S, C] -> logits [S, V], or more than V with those too many minus infinity."""
         return F.linear(hidden, self.weight, self.bias) if hidden.is_cuda else self.layer(hidden)
+
+
+def align(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An output layer [V, C] with rows added up to a multiple of ALIGNED, and a bias that gives them no probability."""
+    too_many = -len(weight) % ALIGNED
+    bias = F.pad(weight.new_zeros(len(weight)), (0, too_many), value=-torch.inf)
+    return F.pad(weight, (0, 0, 0, too_many)), bias
