@@ -22,7 +22,7 @@ somebody who can go on.
 
 THE PRICE. A trip to the L2 cache and back a wait, 0.7 microseconds, where a chain of empty kernels takes 0.7 to 0.8 a
 kernel (lesson 17). What is to be gained is all else that a kernel does at its two ends: 1.7 microseconds a phase with
-its work, 124M at position 500 in 147, where five kernels a block take 152; XL in 790 in place of 887.
+its work, so 147 for 124M at position 500 and 790 for XL, where steps of five kernels a block had taken 163 and 885.
 
 WHO READS WHAT. As lessons 17 to 19. The numbers that are handed on are few: of one block, in fp16, all of
 

@@ -10,10 +10,10 @@ its path, is loaded. Int4 is made in memory, by absmax. Every measurement is mer
 
 The protocol. decode: greedy, the choice of the token included, a static cache as long as the context and filled with
 random numbers, at the context's last 16 positions (`evaluate.step_rate`). prefill: the largest batch, as long as the
-model reads, with the loss of every token (`evaluate.scoring_rate`). Medians. Before it is timed, a step's logits are
-compared with those of the plain model on the same weights, and its choice with the best of them. The roofline is the
-time in which a copy on the same device, in the same run, moves as many bytes as a step must read: all weights but the
-position embedding's, and the cache.
+model reads, with the loss of every token (`evaluate.scoring_rate`), on a GPU replayed from a graph. Medians. Before it
+is timed, a step's logits are compared with those of the plain model on the same weights, and its choice with the best
+of them. The roofline is the time in which a copy on the same device, in the same run, moves as many bytes as a step
+must read: all weights but the position embedding's, and the cache.
 """
 
 import argparse
@@ -247,9 +247,10 @@ def measure(
     batch_size, length = max(args.batch_sizes), model.config.n_positions
     tokens = torch.arange(batch_size * length, device=args.device) % model.config.vocab_size
     rate = evaluate.scoring_rate(model, tokens, length, batch_size, SECONDS)
+    how = "captured" if args.device.startswith("cuda") else "eager"
     yield {
         **labels,
-        **{"what": "prefill", "batch": batch_size, "context": length, "how": "eager", "tokens_per_second": rate},
+        **{"what": "prefill", "batch": batch_size, "context": length, "how": how, "tokens_per_second": rate},
     }
 
 

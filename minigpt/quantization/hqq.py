@@ -10,8 +10,9 @@ For fixed scale and zero the best e is a shrunk error (their "generalised soft t
 zero are what fits the weights less e. beta grows from turn to turn.
 
 Ours differs, as the format has whole zeros, which hardly ever move by themselves: it begins with what `mse` chooses,
-the scale moves as well, by least squares, and a group keeps the turn with the least |e|^p of those whose squared error
-is no larger than at the start. (Without that last condition the demo's KL divergence is 4% above that of `mse`.)
+the scale moves as well, by least squares, and a group keeps the turn with the least |e|^p of those whose largest error
+is no larger than at the start. (On 60 windows of the demo's text, groups of 128, `mse` has a KL divergence of 0.0193;
+without that last condition this has 0.0207, with the squared error in place of the largest 0.0195, as it is 0.0192.)
 """
 
 import torch
@@ -32,17 +33,17 @@ def hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
     start = mse(weight, group_size)
     scales, zeros = start.scales.t(), unpack(start.qzeros.t(), len(weight))  # [N, G] each
     best_scales, best_zeros = scales, zeros
-    best_loss = squares_at_start = torch.full_like(scales, torch.inf, dtype=torch.float32)  # [N, G]
+    best_loss = largest_at_start = torch.full_like(scales, torch.inf, dtype=torch.float32)  # [N, G]
     unit = scales[..., None].float()  # errors are measured in the first steps
     beta = BETA
     for turn in range(TURNS):
         codes = encode(groups, scales, zeros).float()  # [N, G, g]
         levels = codes - zeros[..., None]
         errors = (groups - levels * scales[..., None].float()) / unit
-        loss, squares = errors.abs().pow(POWER).sum(-1), errors.square().sum(-1)  # [N, G]
+        loss, largest = errors.abs().pow(POWER).sum(-1), errors.abs().amax(-1)  # [N, G]
         if turn == 0:
-            squares_at_start = squares
-        better = (loss < best_loss) & (squares <= squares_at_start)
+            largest_at_start = largest
+        better = (loss < best_loss) & (largest <= largest_at_start)
         best_loss = torch.where(better, loss, best_loss)
         best_scales = torch.where(better, scales, best_scales)
         best_zeros = torch.where(better, zeros, best_zeros)

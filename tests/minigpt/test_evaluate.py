@@ -10,6 +10,7 @@ import transformers
 
 from minigpt import checkpoint, evaluate, scoring
 from minigpt.errors import UserError
+from minigpt.quantization.embedding import quantize_embedding
 
 
 def huggingface_perplexity(model, tokens, context_length, stride):
@@ -99,6 +100,41 @@ def test_a_model_does_not_diverge_from_itself(pair):
     _, ours = pair
     score = evaluate.perplexity(ours, torch.randint(97, (100,)), 32, 32, 2, reference=copy.deepcopy(ours))
     assert score.kl == 0 and score.top1 == 1
+
+
+@pytest.mark.parametrize("rows", [1, 64, 97])
+def test_rows_that_are_added_change_no_probability(rows):
+    weight, hidden = torch.randn(rows, 16), torch.randn(5, 16)
+    aligned, bias = scoring.align(weight)
+    assert len(aligned) == len(bias) == -(-rows // 64) * 64
+    logits = torch.nn.functional.linear(hidden, aligned, bias).log_softmax(-1)
+    torch.testing.assert_close(logits[:, :rows], (hidden @ weight.t()).log_softmax(-1))
+    assert (logits[:, rows:] == -math.inf).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("embedding", ["fp16", "int8", "int4"])
+def test_a_recorded_pass_scores_like_one_that_runs(pair, embedding):
+    """Batch after batch, of two shapes in turn, against logits made at once; the reference is the model before."""
+    reference = copy.deepcopy(pair[1]).to("cuda", torch.float16)
+    model = copy.deepcopy(reference)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    quantize_embedding(model, embedding, 16)
+    scorer = scoring.Scorer(model, reference)
+    for _ in range(4):
+        for length, skip in ((32, 1), (20, 7)):
+            batch = torch.randint(97, (3, length), device="cuda")
+            log_q, log_p = (m(batch)[:, skip - 1 : -1].double().log_softmax(-1) for m in (model, reference))
+            expected = [
+                -log_q.gather(2, batch[:, skip:, None]).sum().item(),
+                (log_p.exp() * (log_p - log_q)).sum().item(),
+                (log_p.argmax(-1) == log_q.argmax(-1)).sum().item(),
+            ]
+            nats, kl, agreements = scorer(batch, skip).tolist()
+            assert nats == pytest.approx(expected[0], rel=1e-3) and kl == pytest.approx(expected[1], rel=2e-2)
+            assert abs(agreements - expected[2]) <= 2  # a tie may fall either way
+    assert all(scorer.recorded.values())
 
 
 def test_every_token_is_scored_once():
