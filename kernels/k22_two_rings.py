@@ -39,8 +39,8 @@ share K then, a block each in turn, and the second one's sums go through shared 
 there are few tiles, programs share K as in lesson 12, and `parts.py` adds up.
 
 MEASURED on an H200, group size 128 (results/attempts.json), microseconds (times fp16), the best of the lessons before
-under it. The producer then still divided once for a block that it fetched after `gdc_wait`; this has not been timed
-since.
+under it. The producer then still divided once for a block that it fetched after `gdc_wait`, and outputs went through
+shared memory twice; without that no time has been taken yet.
 
     N x K        512x2048     2048x2048    8192x2048    2048x8192    8192x8192
     M = 16          -            -          5.8 (1.83)     -            -
