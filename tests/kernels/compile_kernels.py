@@ -53,15 +53,24 @@ def compile_kernel(kernel, dtypes, integers, options, arch):
     }
 
 
-def resource_usage(cubin):
-    """Registers and stack bytes a thread, as the assembler reports them; spilled registers lie on the stack."""
+def disassemble(cubin, what):
+    """What `cuobjdump` prints about machine code."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
+        return subprocess.run([cuobjdump, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resource_usage(cubin):
+    """Registers and stack bytes a thread, as the assembler reports them; spilled registers lie on the stack."""
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", disassemble(cubin, "-res-usage")).groups()
     return {"registers": int(registers), "stack": int(stack)}
+
+
+def machine_code(cubin):
+    """The instructions, one a line."""
+    return disassemble(cubin, "-sass")
 
 
 def variants():

@@ -1,4 +1,4 @@
-"""Lessons 9, 10, 12, 13 and 15, compiled ahead of time for GPUs that are not here.
+"""Lessons 9, 10, 12, 13, 15 and 22, compiled ahead of time for GPUs that are not here.
 
 This file runs itself as a program of its own, because the interpreter, in which the other tests run the kernels, is
 chosen for a whole process.
@@ -59,7 +59,7 @@ def plain_variants(arch):
 
 def hopper_variants():
     """The Gluon kernels: kernel, dtype of x's tiles, their height, other pointers, options."""
-    from kernels import k12_hopper, k15_w4a8_hopper
+    from kernels import k12_hopper, k15_w4a8_hopper, k22_two_rings
 
     extras = {"HAS_BIAS": True, "BLOCK_N": 128, "GROUP_M": 8}
     for dtype in ("fp16", "bf16"):
@@ -68,6 +68,10 @@ def hopper_variants():
             pointers["out_ptr"] = "fp32" if split > 1 else dtype
             options = {**extras, "GROUP_SIZE": 128, "SPLIT_K": split, "STAGES": stages, "num_warps": 8}
             yield k12_hopper.hopper_kernel, dtype, height, pointers, options
+        for m, n, k in ((16, 8192, 2048), (128, 2048, 2048), (64, 2048, 8192), (512, 2048, 2048), (16, 50257, 768)):
+            options = {"HAS_BIAS": True, "GROUP_SIZE": 128, "num_warps": 4, **k22_two_rings.launch_options(m, n, k)}
+            pointers = {"bias_ptr": dtype, "out_ptr": "fp32" if options["SPLIT_K"] > 1 else dtype}
+            yield k22_two_rings.two_rings_kernel, dtype, options.pop("BLOCK_M"), pointers, options
     for height, stages in ((256, 4), (128, 8), (64, 8)):
         pointers = {"token_scales_ptr": "fp32", "codes_ptr": "i16", "ratio_zeros_ptr": "i32", "row_scales_ptr": "fp32"}
         options = {**extras, "GROUP_SIZE": 64, "STAGES": stages, "num_warps": 4}
@@ -82,7 +86,7 @@ def hopper_variants():
 
 def compile_for_hopper(kernel, dtype, height, pointers, options):
     import triton
-    from compile_kernels import resource_usage
+    from compile_kernels import machine_code, resource_usage
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
@@ -90,12 +94,17 @@ def compile_for_hopper(kernel, dtype, height, pointers, options):
     element = {"fp16": gl.float16, "bf16": gl.bfloat16, "i8": gl.int8}[dtype]
     layout = gl.NVMMASharedLayout.get_default_for([height, 64], element)
     types = {"x_desc": f"tensordesc<{dtype}[{height}, 64],{layout!r}>"}
+    for name, integer, tile in (("codes_desc", "i16", [4, 256]), ("words_desc", "i32", [1, 64])):
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=int(integer[1:]), rank=2)
+        types[name] = f"tensordesc<{integer}{tile},{layout!r}>"
     types |= {name: f"*{pointed}" for name, pointed in pointers.items()}
     types |= dict.fromkeys(("M", "N", "blocks"), "i32") | dict.fromkeys(options, "constexpr")
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N")}
     signature = {name: types[name] for name in kernel.arg_names}
-    source = GluonASTSource(fn=kernel, signature=signature, constexprs=options, attrs=divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": options["num_warps"]})
+    constants = {name: option for name, option in options.items() if name in kernel.arg_names}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    launch = {name: options[name] for name in ("num_warps", "maxnreg") if name in options}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
@@ -106,6 +115,7 @@ def compile_for_hopper(kernel, dtype, height, pointers, options):
         "left_in_registers": len(re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, \{", ptx)),
         "left_in_shared_memory": len(re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, %", ptx)),
         "waits_with_one_in_flight": len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+1", ptx)),
+        "waits_for_every_product": len(re.findall(r"DEPBAR\.LE gsb0, 0x0", machine_code(compiled.asm["cubin"]))),
         "copies_by_the_copy_engine": len(re.findall(r"cp\.async\.bulk\.tensor", ptx)),
     }
 
@@ -151,9 +161,14 @@ def test_the_weight_goes_to_the_tensor_cores_from_registers(compiled):
         assert result["copies_by_the_copy_engine"] > 0, result
 
 
-def test_lesson_12_waits_for_the_product_before_the_last(compiled):
+def test_lessons_12_and_22_wait_for_the_product_before_the_last(compiled):
+    """The assembler, too, lets it be so: where it sees a danger, it adds a wait behind every product."""
     for result in compiled["hopper"]:
-        assert (result["waits_with_one_in_flight"] > 0) == (result["kernel"] == "hopper_kernel"), result
+        async_loop = result["kernel"] in ("hopper_kernel", "two_rings_kernel")
+        assert (result["waits_with_one_in_flight"] > 0) == async_loop, result
+        if async_loop:
+            # One behind the loop, of each of two warpgroups at most.
+            assert result["waits_for_every_product"] <= 2, result
 
 
 if __name__ == "__main__":

@@ -1,0 +1,442 @@
+"""Lesson 22: sixteen to five hundred tokens. NEW: the weight comes by the copy engine too, from a ring of its own.
+
+Run it:  python -m kernels.k22_two_rings --check     (against float64; needs a Hopper GPU, H100 or H200)
+         python -m kernels.k22_two_rings --bench
+
+THE IDEA. Lesson 12 was made for thousands of tokens. For 128 its tiles are too large: 8192 x 2048 has 64 of them for
+132 multiprocessors, and each fills all the registers, so that the next kernel's programs find no room until it has
+ended. Lesson 17 was made for a handful, and asks for the whole weight before it knows x. Here the two are put together,
+
+    tiles       64 rows of out^T by 16 to 128 tokens: for most layers 64 to 256 programs
+    two rings   in shared memory, filled by the copy engine (TMA): one for x, as in lesson 12; one for the codes and
+                scales, 16 to 32 blocks of 64 columns deep, which the producer warp fills before it waits (`gdc_wait`)
+    registers   hold a block of the weight and its operands, no more: where tiles are many, two programs fit
+
+    kernel ahead   ...........................|
+    producer       |codes 0|1|2| ... |31|     |x0|x1|x2| ... x7|   |x8, codes 32| ...
+    warpgroup                                    |deq 0|deq 1| ...
+    tensor cores                                       | wgmma 0 | wgmma 1 | ...
+
+so that the next kernel's programs move in while this one computes, and have their weight when it ends.
+
+One barrier fewer than one would think: whoever is done with a stage of x is done with that block's codes, so the
+producer that waits for the one may refill the other.
+
+THE PRICE. 8192 x 2048, 128 tokens: 128 programs, 64 x 128 x 2048 products each, 8192 clocks of a multiprocessor's
+tensor cores, 4.7 microseconds. Each program reads all of x, 0.5 MB, from the L2 cache: 64 MB together, 8 to 11
+microseconds at 6 to 8 TB/s. So 9 or 10, where lesson 12 takes 14.8 and fp16 11.4.
+
+WHO READS WHAT. A block of a row tile is 512 bytes in one piece (kernels.prepared), a program's 64 rows are four of
+them:
+
+    codes    int16 [4, 256] = [64, 16]     as the left operand of lesson 12, by one ldmatrix of four matrices a warp
+    scales   int32 [64]                    each thread two: of rows r and r + 8
+
+Blocks past the end of K, and rows past the end of N, read as zeros: the copy engine's doing. They add zeros.
+
+Where a multiprocessor has a single program with few tokens, one warpgroup is too slow: it waits for its own loads. Two
+share K then, a block each in turn, and the second one's sums go through shared memory to the first. Where K is long and
+there are few tiles, programs share K as in lesson 12, and `parts.py` adds up.
+
+MEASURED on an H200, group size 128 (results/attempts.json), microseconds (times fp16), the best of the lessons before
+under it. The producer then still divided once for a block that it fetched after `gdc_wait`, and outputs went through
+shared memory twice; without that no time has been taken yet.
+
+    N x K        512x2048     2048x2048    8192x2048    2048x8192    8192x8192
+    M = 16          -            -          5.8 (1.83)     -            -
+                                            8.3
+    M = 64          -          6.1 (0.99)   8.3 (1.35)  11.2 (1.23)     -
+                               6.6         13.1         12.3
+    M = 128      4.8 (1.17)    6.0 (1.07)   9.8 (1.17)  12.5 (1.22)  34.5 (1.09)
+                 5.1           9.3         14.8         19.7         40.6
+    M = 256         -          7.6 (0.84)  16.3 (0.90)     -            -
+                              12.9         17.4
+    M = 512      5.8 (1.05)    9.2 (0.96)      -        31.3 (0.99)     -
+                11.2          14.1                      38.8
+
+  A surprise: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer of them from the L2 cache than
+64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2 microseconds where those took 9.8. Nor is the
+number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64 tokens took 6.0, 128 with 32 tokens 6.5.
+  Where it fails: long rows and few tokens. 8192 x 8192 took 25.6 microseconds for one token as for eight, predicted
+were 11.5; lesson 10 takes 15.5 for one. 16 tokens took 26.1 with two warpgroups, 20.4 with two programs a
+multiprocessor; lesson 9 takes 22.3. The bytes alone would take 8.5. Probably a warpgroup's step is a chain of its own,
+400 to 600 clocks of barriers, ldmatrix, dequantizing and a product, however few tokens; lesson 10 has many more warps.
+  Tried and failed (results/attempts.json), 8192 x 2048. Each program starting elsewhere along K, so that not all ask
+for the same tile of x at once: 10.9 for 9.8, though a division more a block is part of that. Deeper rings and one
+program a multiprocessor: 8.8 for 5.8 at 16 tokens. 128 rows a program: 11.2 and 7.4. 256 rows: 18.3 at 128 tokens.
+  A trap: if the loop might have no step, the assembler may find accumulators that no product has written, and puts a
+wait behind every product (its message C7515). Hence the `assume`. The same where registers are moved from the producer
+to two partitions (C7512): there, nobody's are moved.
+
+NEXT. Two programs of a cluster that share x's tiles ("multicast") would halve what comes from the L2 cache: Triton 3.6
+has no word for it, 3.7 has. EXERCISE. Let a step be two blocks: half the barriers, twice the independent work in a
+chain. Say first which of the times above should fall, and which should not.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels import common
+from kernels.k00_reference import quantize_reference
+from kernels.parts import add_up
+from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
+from kernels.row_tiles import unpack
+
+ROWS = gl.constexpr(64)  # outputs a program: what one warpgroup's wgmma makes
+UNROLL = gl.constexpr(2)  # steps of a warpgroup, as two products are under way: the registers of one, then of the other
+# Warpgroups that share K, and tokens a program -> blocks in the ring of x and in the weight's.
+RINGS = {
+    (2, 16): (8, 32),
+    (2, 32): (8, 24),
+    (2, 64): (8, 32),
+    (1, 16): (8, 20),
+    (1, 32): (6, 18),
+    (1, 64): (6, 20),
+    (1, 128): (4, 16),
+}
+FEWEST_PROGRAMS = {128: 100, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
+
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
+
+
+@gluon.jit
+def dequantize(half_words, words, DTYPE: gl.constexpr, layout: gl.constexpr):
+    """int16 [ROWS, 16] and the rows' scale_zeros [ROWS] -> DTYPE [ROWS, 64], a left operand: as in lesson 12."""
+    scale = gl.expand_dims((words & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True), 1)
+    zero = gl.expand_dims((words >> 16).to(gl.int16).to(gl.float16, bitcast=True), 1)  # 1024 + zero
+    c0, c1, c2, c3 = unpack(half_words)
+    even = gl.join((c0 - zero) * scale, (c2 - zero) * scale)  # [ROWS, 16, 2]: slices 0 and 2
+    odd = gl.join((c1 * 0.0625 - (zero - 960.0)) * scale, (c3 * 0.0625 - (zero - 960.0)) * scale)
+    w = gl.join(even, odd).permute([0, 2, 3, 1]).reshape([ROWS, 64])  # k = 32 (pair) + 16 (odd) + j
+    return gl.convert_layout(w, layout, assert_trivial=True).to(DTYPE)  # trivial: no register changes its thread
+
+
+@gluon.jit
+def fetch_weight(codes_desc, words_desc, weight_ring, tile, step, block, GROUP_SIZE: gl.constexpr):
+    """Asks the copy engine for a block of 64 columns of the program's rows: its codes and its scale_zeros."""
+    codes, words, full = weight_ring
+    slot = step % codes.shape[0]
+    mbarrier.expect(full.index(slot), codes_desc.block_type.nbytes + words_desc.block_type.nbytes)
+    load_tile(codes_desc, [tile * (ROWS // 16), block * 256], full.index(slot), codes.index(slot))
+    load_tile(words_desc, [block * 64 // GROUP_SIZE, tile * ROWS], full.index(slot), words.index(slot))
+
+
+@gluon.jit
+def producer(x_desc, codes_desc, words_desc, x_ring, weight_ring, row, tile, first, steps, GROUP_SIZE: gl.constexpr):
+    """One warp, which keeps both rings full."""
+    x_tiles, full, empty = x_ring
+    STAGES: gl.constexpr = x_tiles.shape[0]
+    SLOTS: gl.constexpr = weight_ring[0].shape[0]
+    # NEW: the weight is no other kernel's work. As much of it as there is room for is on its way before the wait.
+    for step in range(gl.minimum(steps, SLOTS)):
+        fetch_weight(codes_desc, words_desc, weight_ring, tile, step, first + step, GROUP_SIZE)
+    gdc_wait()
+    gdc_launch_dependents()
+    for step in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
+        mbarrier.expect(full.index(stage), x_desc.block_type.nbytes)
+        load_tile(x_desc, [row, (first + step) * 64], full.index(stage), x_tiles.index(stage))
+        # NEW: the stage is empty, so step - STAGES is done with its slot, too.
+        ahead = step - STAGES + SLOTS
+        if (ahead >= SLOTS) & (ahead < steps):
+            fetch_weight(codes_desc, words_desc, weight_ring, tile, ahead, first + ahead, GROUP_SIZE)
+
+
+@gluon.jit
+def multiply(x_ring, weight_ring, share, steps, SHARES: gl.constexpr):
+    """w x^T over steps share, share + SHARES, ..., by a warpgroup: -> fp32 [ROWS, BLOCK_M]."""
+    x_tiles, x_full, x_empty = x_ring
+    codes, words, weight_full = weight_ring
+    STAGES: gl.constexpr = x_tiles.shape[0]
+    BLOCK_M: gl.constexpr = x_tiles.shape[1]
+    SLOTS: gl.constexpr = codes.shape[0]
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    gl.assume(steps >= SHARES * UNROLL)  # or the assembler would wait after each product: see above
+    acc = warpgroup_mma_init(gl.zeros([ROWS, BLOCK_M], gl.float32, mma))
+    in_flight = gl.zeros([ROWS, 64], x_tiles.dtype, left)  # what the last product reads
+    for start in range(share, steps, SHARES * UNROLL):
+        for i in gl.static_range(UNROLL):
+            step = start + i * SHARES
+            slot = step % SLOTS
+            mbarrier.wait(weight_full.index(slot), step // SLOTS & 1)
+            half_words = codes.index(slot).reshape([ROWS, 16]).load(left)
+            scale_zeros = words.index(slot).reshape([ROWS]).load(gl.SliceLayout(1, left))
+            w = dequantize(half_words, scale_zeros, x_tiles.dtype, left)
+            stage = step % STAGES
+            mbarrier.wait(x_full.index(stage), step // STAGES & 1)
+            acc = warpgroup_mma(w, x_tiles.index(stage).permute([1, 0]), acc, is_async=True)
+            acc, in_flight = warpgroup_mma_wait(1, deps=(acc, in_flight))  # the product before this one is done
+            mbarrier.arrive(x_empty.index((step + STAGES - SHARES) % STAGES), count=1, pred=step >= SHARES)
+            acc = warpgroup_mma_init(acc)
+            in_flight = w
+    acc, in_flight = warpgroup_mma_wait(0, deps=(acc, in_flight))
+    return acc
+
+
+@gluon.jit
+def store(acc, bias_ptr, out_ptr, pid_m, tile, M, N, HAS_BIAS: gl.constexpr):
+    """Writes fp32 [ROWS, BLOCK_M] + bias to out, 8 neighbours along N a thread: 16 bytes."""
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    offs_n = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    offs_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    if HAS_BIAS:
+        mma: gl.constexpr = acc.type.layout
+        rows = gl.minimum(tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma)), N - 1)
+        acc += gl.load(bias_ptr + rows).to(gl.float32)[:, None]
+    out = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), layout)
+    out_ptrs = out_ptr + offs_m.to(gl.int64)[None, :] * N + offs_n[:, None]
+    gl.store(out_ptrs, out, mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+@gluon.jit
+def second_share(x_ring, weight_ring, handed_over, steps):
+    """The second of two warpgroups: leaves its sums in shared memory."""
+    sums, summed = handed_over
+    sums.store(multiply(x_ring, weight_ring, 1, steps, 2))
+    mbarrier.arrive(summed, count=1)
+
+
+@gluon.jit
+def first_share(
+    x_ring,
+    weight_ring,
+    handed_over,
+    bias_ptr,
+    out_ptr,
+    pid_m,
+    tile,
+    steps,
+    M,
+    N,
+    HAS_BIAS: gl.constexpr,
+    SHARES: gl.constexpr,
+):
+    """The first warpgroup, or the only one: adds what the second has, and writes the tile."""
+    acc = multiply(x_ring, weight_ring, 0, steps, SHARES)
+    if SHARES == 2:
+        sums, summed = handed_over
+        mbarrier.wait(summed, 0)
+        acc += sums.load(acc.type.layout)
+    gdc_wait()  # as in lesson 12: the memory may have been another's until the kernel before ended
+    store(acc, bias_ptr, out_ptr, pid_m, tile, M, N, HAS_BIAS)
+
+
+@gluon.jit
+def two_rings_kernel(
+    x_desc,  # fp16 or bf16 [M, K], read in tiles [BLOCK_M, 64]
+    codes_desc,  # int16 [N/16, blocks * 256], in tiles [ROWS / 16, 256]
+    words_desc,  # int32 [groups, N], in tiles [1, ROWS]
+    bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
+    out_ptr,  # fp16 or bf16 [M, N]; with SPLIT_K > 1 fp32 [SPLIT_K, M, N]
+    M,
+    N,
+    blocks,
+    HAS_BIAS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,  # a multiple of 64
+    SHARES: gl.constexpr,  # warpgroups that share K: 1 or 2
+    SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr,  # of the ring of x
+    SLOTS: gl.constexpr,  # of the weight's ring: at least STAGES
+):
+    """Makes a part of a tile [BLOCK_M, ROWS] of x @ w^T + bias."""
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    tile = gl.program_id(0)
+    pid_m = gl.program_id(1)
+    part = gl.program_id(2)
+
+    # Whole rounds of steps; those past the end of K multiply zeros.
+    ROUND: gl.constexpr = SHARES * UNROLL
+    most = gl.cdiv(blocks, SPLIT_K * ROUND) * ROUND
+    first = part * most
+    steps = gl.maximum(gl.minimum(gl.cdiv(blocks - first, ROUND) * ROUND, most), ROUND)
+
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int16, [SLOTS, ROWS // 16, 256], codes_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [SLOTS, 1, ROWS], words_desc.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weight_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(x_full.index(stage), count=1)
+        mbarrier.init(x_empty.index(stage), count=1)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(weight_full.index(slot), count=1)
+    if SHARES == 2:
+        summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(summed, count=1)
+    fence_async_shared()  # the copy engine must see the barriers
+
+    x_ring = (x_tiles, x_full, x_empty)
+    weight_ring = (codes, words, weight_full)
+    row = pid_m * BLOCK_M
+    part_ptr = out_ptr + part.to(gl.int64) * M * N
+    if SHARES == 2:
+        plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        sums = gl.allocate_shared_memory(gl.float32, [ROWS, BLOCK_M], plain)
+        handed_over = (sums, summed)
+        gl.warp_specialize(
+            [
+                (
+                    first_share,
+                    (x_ring, weight_ring, handed_over, bias_ptr, part_ptr, pid_m, tile, steps, M, N, HAS_BIAS, SHARES),
+                ),
+                (second_share, (x_ring, weight_ring, handed_over, steps)),
+                (
+                    producer,
+                    (x_desc, codes_desc, words_desc, x_ring, weight_ring, row, tile, first, steps, GROUP_SIZE),
+                ),
+            ],
+            [4, 1],  # warps of the last two
+            [256, 256],  # and their registers: more than there are, which leaves everyone what they began with
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    first_share,
+                    (x_ring, weight_ring, (), bias_ptr, part_ptr, pid_m, tile, steps, M, N, HAS_BIAS, SHARES),
+                ),
+                (
+                    producer,
+                    (x_desc, codes_desc, words_desc, x_ring, weight_ring, row, tile, first, steps, GROUP_SIZE),
+                ),
+            ],
+            [1],
+            [24],
+        )
+
+
+def launch_options(m: int, n: int, k: int) -> dict[str, int]:
+    """The tallest tiles that still make enough programs for the machine, and who shares K."""
+    height = min(128, max(16, triton.next_power_of_2(m)))
+    while True:
+        tiles = triton.cdiv(n, ROWS.value) * triton.cdiv(m, height)
+        # A part is 2048 columns long or longer; 4096 are as many as one program should walk alone.
+        split = max(triton.cdiv(128, tiles), k // 4096)
+        split = 2 ** (max(1, min(split, k // 2048)).bit_length() - 1)
+        if tiles * split >= FEWEST_PROGRAMS[height]:
+            break
+        height //= 2
+    shares = 2 if tiles * split * height <= 4096 else 1
+    stages, slots = RINGS[shares, height]
+    options = {"BLOCK_M": height, "SPLIT_K": split, "SHARES": shares, "STAGES": stages, "SLOTS": slots}
+    if shares == 1:
+        options["maxnreg"] = 80 if height <= 32 else 128  # on average: 24 for the producer, for the others the rest
+    return options
+
+
+def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ w^T + bias with an int4 weight, accumulated in float32; the same bits every time.
+
+    Args:
+        x: float16 or bfloat16 [..., K], on a Hopper GPU.
+        weight: of [N, K]; group size a multiple of 64.
+        bias: floating [N].
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: naming the shape, dtype, group size or device that does not fit.
+    """
+    n, k = weight.out_features, weight.in_features
+    common.check_operands(x, weight, bias)
+    if weight.group_size % BLOCK:
+        raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {BLOCK}")
+    if not common.is_hopper(x.device):
+        raise ValueError(f"x is on {x.device}, this kernel needs a Hopper GPU (H100, H200)")
+    x_2d = x.reshape(-1, k).contiguous()
+    if x_2d.data_ptr() % 16:
+        x_2d = x_2d.clone()  # the copy engine wants 16-byte boundaries
+    m = x_2d.shape[0]
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if m == 0:
+        return out.view(*x.shape[:-1], n)
+    words = weight.scale_zeros
+    if n % 4:
+        words = torch.nn.functional.pad(words, (0, -n % 4))  # of rows, too
+    options = launch_options(m, n, k)
+    height, split = options.pop("BLOCK_M"), options["SPLIT_K"]
+    parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
+    two_rings_kernel[(triton.cdiv(n, ROWS.value), triton.cdiv(m, height), split)](
+        describe_swizzled(x_2d, [height, BLOCK]),
+        describe_plain(weight.codes.flatten(1), [ROWS.value // TILE_ROWS, 256]),
+        describe_plain(words, [1, ROWS.value]),
+        bias,
+        parts,
+        m,
+        n,
+        weight.blocks,
+        HAS_BIAS=bias is not None and split == 1,
+        GROUP_SIZE=weight.group_size,
+        num_warps=4,
+        launch_pdl=True,
+        **options,
+    )
+    if split > 1:
+        add_up(parts, bias, out)
+    return out.view(*x.shape[:-1], n)
+
+
+def describe_swizzled(x: Tensor, tile: list[int]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles of x as wgmma wants them."""
+    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
+    return TensorDescriptor.from_tensor(x, tile, gl.NVMMASharedLayout.get_default_for(tile, dtype))
+
+
+def describe_plain(tensor: Tensor, tile: list[int]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles of a matrix and leave their bytes in order."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * tensor.element_size(), rank=2)
+    return TensorDescriptor.from_tensor(tensor, tile, layout)
+
+
+def check() -> Iterator[common.Check]:
+    """The kernel's product against float64, where there is a Hopper GPU."""
+    if not common.is_hopper(common.DEVICE):
+        yield "wgmma needs a Hopper GPU (H100, H200), and this machine has none", None
+        return
+    shapes = [(16, 42, 512, 64), (130, 201, 1600, 320), (70, 2048, 8192, 128), (513, 2048, 2048, 2048)]
+    yield from common.check_matmul(matmul, prepare, shapes)
+
+
+SHAPES = ((512, 2048), (2048, 2048), (8192, 2048), (2048, 8192), (8192, 8192))  # N, K
+
+
+def bench() -> list[common.Row]:
+    """Times five layers, 16 to 512 tokens, beside torch's own fp16 matmul."""
+    rows = []
+    for n, k in SHAPES:
+        group_size = 128
+        copies = common.copies_to_fill_cache(n * k // 2)
+        weights = [common.random_tensor(n, k, seed=seed) for seed in range(copies)]
+        packed = [quantize_reference(w, group_size) for w in weights]
+        prepared = [prepare(p) for p in packed]
+        weight_bytes = sum(tensor.nbytes for tensor in packed[0])
+        for m in (16, 32, 64, 128, 256, 512):
+            x = common.random_tensor(m, k, seed=9)
+            fp16 = common.microseconds(torch.nn.functional.linear, [(x, w) for w in weights])
+            time = common.microseconds(matmul, [(x, p) for p in prepared])
+            rows.append(common.matmul_row({"m": m, "n": n, "k": k, "group_size": group_size}, weight_bytes, time, fp16))
+    return rows
+
+
+if __name__ == "__main__":
+    common.run_lesson(check, bench)
