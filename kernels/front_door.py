@@ -90,6 +90,11 @@ RULES = (
 )
 MEASURED = ("sm_90",)
 INT8_LESSON_TOKENS = 16  # lesson 16 multiplies this many; more are better served by the vendor's matmul
+DEQUANTIZERS = {
+    QuantizedWeight: "k02_dequantize",
+    PreparedWeight: "k11_dequantize_gemm",
+    Int8Weight: "k16_int8_rows",
+}
 
 
 @functools.lru_cache(maxsize=4096)  # every matmul asks
@@ -137,33 +142,31 @@ def quantize(weight: Tensor, group_size: int, symmetric: bool = False, search: b
     if HAS_TRITON and weight.is_cuda:
         from kernels.k01_quantize import quantize as quantize_triton
 
-        return quantize_triton(weight, group_size, symmetric, search)
+        with torch.cuda.device_of(weight):  # Triton launches on the current GPU
+            return quantize_triton(weight, group_size, symmetric, search)
     return quantize_reference(weight, group_size, symmetric, search)
 
 
 def dequantize(
     weight: QuantizedWeight | PreparedWeight | CPUWeight | Int8Weight, dtype: torch.dtype = torch.float16
 ) -> Tensor:
-    """The weight that the codes stand for: -> `dtype` [N, K]. Lessons 2, 11 and 16 on a GPU, else the references."""
-    if isinstance(weight, Int8Weight):
-        if HAS_TRITON and weight.codes.is_cuda:
-            from kernels.k16_int8_rows import dequantize as dequantize_rows
+    """The weight [N, K] that the codes stand for: lessons 2, 11 and 16 on a GPU, the references elsewhere.
 
-            return dequantize_rows(weight, dtype)
-        return dequantize_int8(weight, dtype)
-    if isinstance(weight, PreparedWeight):
-        if HAS_TRITON and weight.codes.is_cuda:
-            from kernels.k11_dequantize_gemm import dequantize as dequantize_prepared
+    Args:
+        weight: in any layout, on any device.
+        dtype: float16, bfloat16 or float32.
 
-            return dequantize_prepared(weight, dtype)
-        weight = restore(weight)
+    Returns:
+        `dtype` [N, K].
+    """
     if isinstance(weight, CPUWeight):
         weight = weight.file
-    if HAS_TRITON and weight.qweight.is_cuda:
-        from kernels.k02_dequantize import dequantize as dequantize_triton
-
-        return dequantize_triton(weight, dtype)
-    return dequantize_reference(weight, dtype)
+    if HAS_TRITON and weight[0].is_cuda:
+        with torch.cuda.device_of(weight[0]):  # Triton launches on the current GPU
+            return importlib.import_module(f"kernels.{DEQUANTIZERS[type(weight)]}").dequantize(weight, dtype)
+    if isinstance(weight, Int8Weight):
+        return dequantize_int8(weight, dtype)
+    return dequantize_reference(restore(weight) if isinstance(weight, PreparedWeight) else weight, dtype)
 
 
 def matmul(
@@ -301,7 +304,7 @@ def int4_matmul(
         lesson = choose_lesson(architecture(x.device), activation_bits, m, n, in_features, group_size)
     if lesson == REFERENCE:
         return matmul_reference(x.contiguous(), restore(weight), bias, activation_bits)
-    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+    with torch.cuda.device_of(x):
         return _run(lesson, x, weight, bias)
 
 

@@ -148,7 +148,15 @@ def dequantize_kernel(
 
 
 def dequantize(weight: Int8Weight, dtype: torch.dtype = torch.float16) -> Tensor:
-    """The weight that the codes stand for, for the vendor's matmul: -> `dtype` [N, K], as `kernels.int8` has it."""
+    """The weight that the codes stand for, for the vendor's matmul; bit for bit what `kernels.int8` makes of it.
+
+    Args:
+        weight: of [N, K], any shape.
+        dtype: float16, bfloat16 or float32.
+
+    Returns:
+        `dtype` [N, K].
+    """
     n, k = weight.codes.shape
     w = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
     rows, block_k = 16, 256

@@ -21,8 +21,9 @@ is ever counted, and a program never waits for those behind it. Every wait is fo
 somebody who can go on.
 
 THE PRICE. A trip to the L2 cache and back a wait, 0.7 microseconds, where a chain of empty kernels takes 0.7 to 0.8 a
-kernel (lesson 17). What is to be gained is all else that a kernel does at its two ends: 1.7 microseconds a phase with
-its work, so 147 for 124M at position 500 and 790 for XL, where steps of five kernels a block had taken 163 and 885.
+kernel (lesson 17). What is to be gained is all else that a kernel does at its two ends. Predicted for a step at
+position 500: 147 for 124M, 1.7 microseconds a phase with its work, and 790 for XL, where five kernels a block take 152
+and 887.
 
 WHO READS WHAT. As lessons 17 to 19. The numbers that are handed on are few: of one block, in fp16, all of
 
@@ -49,8 +50,8 @@ largest (K = 6400 in four warps), 264 are all there is room for, and the 400 til
 warps 222; three programs, in 168 registers, 165; parts of 64 or 256 positions 157 and 167; resting 40 nanoseconds
 between polls 163; launched early, 160: no different.
 
-NEXT. For a step this is the end of the road as it is drawn here; lesson 22 returns to the matmul, and to the gap between
-lesson 17's few tokens and lesson 12's many. EXERCISE. The parts of attention are joined in a phase of their
+NEXT. For a step this is the end of the road as it is drawn here; lesson 22 returns to the matmul, and to the gap
+between lesson 17's few tokens and lesson 12's many. EXERCISE. The parts of attention are joined in a phase of their
 own. Let each program of the next phase join what it multiplies by instead: a wait less, and how many bytes more?
 """
 

@@ -347,8 +347,10 @@ def bench_profile(args: argparse.Namespace) -> list[Row]:
     measured = []
     for subject in subjects(args.model, [arithmetic_dtype(args.device)], group_size, args.embedding, args.device):
         for how in ways(subject.labels["weights"], args.device):
+            if how in ("compiled", "persistent"):  # their parts cannot be told apart
+                continue
             step_logits = step_for(how, subject.model, args.batch_size, tuning=())
-            if how in ("compiled", "persistent") or step_logits is None:  # their parts cannot be told apart
+            if step_logits is None:
                 continue
             parts = profile_step(
                 subject.model, step_logits, random_cache(subject.model, args.batch_size, args.context), how

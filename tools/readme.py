@@ -269,7 +269,7 @@ def accuracy_of(rows: list[dict[str, Any]]) -> str:
             return "-"
         rises = [100 * (row["perplexity"] / row["fp16_perplexity"] - 1) for row in same]
         spread = f" ± {(max(rises) - min(rises)) / 2:.2f}" if len(rises) > 1 else ""
-        return f"{statistics.mean(rises):+.2f}%{spread} ({statistics.mean(row['kl'] for row in same):.3g})"
+        return f"{statistics.mean(rises):+.2f}%{spread} ({statistics.mean(row['kl'] for row in same):#.3g})"
 
     def label(method: str) -> str:
         """A method's name; of a peer's, with the version."""
@@ -340,6 +340,7 @@ DECODE_WAYS = (
     ("int4", "eager", "int4"),
     ("int4", "captured", "int4 captured"),
     ("int4", "fused", "int4 fused"),
+    ("int4", "persistent", "int4 persistent"),
 )
 
 

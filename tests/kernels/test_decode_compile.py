@@ -1,7 +1,7 @@
-"""Lessons 17 to 20, compiled ahead of time for GPUs that are not here: they fit, and load the weight before they wait.
+"""Lessons 17 to 21, compiled ahead of time for GPUs that are not here: they fit, and load the weight before they wait.
 
 This file runs itself as a program of its own, because the interpreter, in which the other tests run the kernels, is
-chosen for a whole process. Lessons 17, 18 and the output layer of 20 are Gluon, which has no interpreter at all.
+chosen for a whole process. Lessons 17, 18, 21 and the output layer of 20 are Gluon, which has no interpreter at all.
 """
 
 import json
@@ -165,7 +165,7 @@ def compile_whole_step(n_embd):
     pointed |= {name: "fp32" for name in kernel.arg_names if name.endswith(("bias_ptr", "folded_ptr", "gammas_ptr"))}
     pointed |= {"scaled_ptr": "i16", "halves_ptr": "i16"}
     types = {name: f"*{pointed.get(name, 'i32')}" for name in kernel.arg_names if name.endswith("_ptr")}
-    types |= {"eps": "fp32", "scale": "fp32"} | dict.fromkeys(options, "constexpr")
+    types |= {"eps": "fp32"} | dict.fromkeys(options, "constexpr")
     divisible = [name for name in kernel.arg_names if name.endswith("_ptr") or name in ("C", "L")]
     source = GluonASTSource(
         fn=kernel,
