@@ -1,4 +1,4 @@
-"""Sixteen rows of an int4 weight times eight or sixteen tokens, on tensor cores, from registers: lessons 17, 18, 20 on.
+"""Sixteen rows of an int4 weight times eight or sixteen tokens, on tensor cores, from registers: for lessons 17 on.
 
 The instruction is mma.sync m16n8k16, which every tensor core since sm_80 has: a tile of 16 rows x 16 columns of w times
 16 columns x 8 tokens of x^T. A warp's 32 threads hold the operands. Thread 4r + t wants
