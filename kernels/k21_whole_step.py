@@ -50,9 +50,9 @@ largest (K = 6400 in four warps), 264 are all there is room for, and the 400 til
 warps 222; three programs, in 168 registers, 165; parts of 64 or 256 positions 157 and 167; resting 40 nanoseconds
 between polls 163; launched early, 160: no different.
 
-NEXT. For a step this is the end of the road as it is drawn here; lesson 22 returns to the matmul, and to the gap
-between lesson 17's few tokens and lesson 12's many. EXERCISE. The parts of attention are joined in a phase of their
-own. Let each program of the next phase join what it multiplies by instead: a wait less, and how many bytes more?
+NEXT. For a step this is the end of the road as it is drawn here; lesson 22 returns to the matmul, to the gap between
+lesson 17's few tokens and lesson 12's many. EXERCISE. The parts of attention are joined in a phase of their own. Let
+each program of the next phase join what it multiplies by instead: a wait less, and how many bytes more?
 """
 
 import math
