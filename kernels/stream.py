@@ -5,7 +5,8 @@
 mean and deviation are x's. So whoever multiplies by w need not know them before it has multiplied: it takes gamma x,
 and corrects its sums, a number a row. gamma w^T and beta w^T + b do not depend on x: they are made at load time. And
 mean and deviation need no pass over x: each kernel that writes a piece of x leaves the sums of what it wrote.
-Attention, which comes between, has its scratch and its reference here as well.
+Attention, which comes between, has its scratch and its reference here as well; and lesson 21, which does all of it in
+one kernel, its stacked weights and its mail.
 """
 
 from collections.abc import Sequence
