@@ -335,6 +335,15 @@ def _(x: Tensor, codes: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
+def _no_gradient(*_: object) -> None:
+    """Instead of a gradient. Without this, autograd would not see into a Triton kernel, and be wrong with a warning."""
+    raise RuntimeError("products with int4 and int8 weights have no gradients")
+
+
+for name in ("int4_matmul", "int8_matmul"):
+    torch.library.register_autograd(f"minigpt::{name}", _no_gradient, lib=LIBRARY)
+
+
 def _serves(x: Tensor) -> bool:
     """Whether kernels can multiply x: there are Triton and a GPU, and its tensor cores know the dtype."""
     if not (HAS_TRITON and x.is_cuda):

@@ -1,7 +1,7 @@
 """The forward pass that scores some windows of a text: its sums, and on a GPU how it is kept from waiting for Python.
 
 The output layer is half of the work at GPT-2's size, and 50,257 rows are an awkward number: where a row of logits in
-fp16 does not begin at a multiple of 16 bytes, cuBLAS falls back to a kernel made for GPUs of 2018. On an H200 1,280
+fp16 does not begin at a multiple of 16 bytes, cuBLAS falls back to a kernel for sm_75, GPUs of 2018. On an H200 1,280
 tokens of GPT-2 124M take it 1,127 microseconds; with rows of nothing added, up to 50,304, it takes 155 (results/
 attempts.json; that only the memory of the logits is laid out for longer rows does not help). So rows are added, and
 their logits have minus infinity for a bias, to which softmax gives the probability 0.
@@ -90,7 +90,7 @@ def sums_of(models: list[GPT], batch: Tensor, skip: int) -> Tensor:
 
 
 class OutputLayer:
-    """A model's output layer for many tokens: on a GPU with aligned rows, and the weight written out only once."""
+    """A model's output layer for many tokens: on a GPU with aligned rows, and the weight written out once a pass."""
 
     def __init__(self, model: GPT) -> None:
         """model: in evaluation mode."""

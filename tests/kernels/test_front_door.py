@@ -91,6 +91,16 @@ def test_lessons_of_the_table_exist(lesson):
     assert (ROOT / "kernels" / f"{lesson}.py").exists()
 
 
+def test_a_gradient_is_refused():
+    """Rather than left out."""
+    x, weight, _, _ = problem(3, 64, dtype=torch.float32)
+    x.requires_grad_()
+    int8 = kernels.quantize_int8(torch.randn(5, 64, device=x.device))
+    for out in (kernels.matmul(x, kernels.prepare(weight)), kernels.matmul_int8(x, int8)):
+        with pytest.raises(RuntimeError, match="no gradients"):
+            (out.sum() + x.sum()).backward()
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Makes the front door take a CPU for a GPU of some architecture: the lessons run in Triton's interpreter."""
