@@ -73,6 +73,7 @@ has no word for it, 3.7 has. EXERCISE. Let a step be two blocks: half the barrie
 chain. Say first which of the times above should fall, and which should not.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -377,9 +378,9 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     height, split = options.pop("BLOCK_M"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     two_rings_kernel[(triton.cdiv(n, ROWS.value), triton.cdiv(m, height), split)](
-        describe_swizzled(x_2d, [height, BLOCK]),
-        describe_plain(weight.codes.flatten(1), [ROWS.value // TILE_ROWS, 256]),
-        describe_plain(words, [1, ROWS.value]),
+        describe_swizzled(x_2d, (height, BLOCK)),
+        describe_plain(weight.codes.flatten(1), (ROWS.value // TILE_ROWS, 256)),
+        describe_plain(words, (1, ROWS.value)),
         bias,
         parts,
         m,
@@ -396,16 +397,26 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     return out.view(*x.shape[:-1], n)
 
 
-def describe_swizzled(x: Tensor, tile: list[int]) -> TensorDescriptor:
+def describe_swizzled(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
     """What the copy engine needs to know to read tiles of x as wgmma wants them."""
-    dtype = gl.float16 if x.dtype == torch.float16 else gl.bfloat16
-    return TensorDescriptor.from_tensor(x, tile, gl.NVMMASharedLayout.get_default_for(tile, dtype))
+    return TensorDescriptor.from_tensor(x, list(tile), swizzled_layout(tile, x.dtype))
 
 
-def describe_plain(tensor: Tensor, tile: list[int]) -> TensorDescriptor:
+@functools.cache  # to find it takes 11 microseconds
+def swizzled_layout(tile: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How tiles of x lie in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for(list(tile), gl.float16 if dtype == torch.float16 else gl.bfloat16)
+
+
+def describe_plain(tensor: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
     """What the copy engine needs to know to read tiles of a matrix and leave their bytes in order."""
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8 * tensor.element_size(), rank=2)
-    return TensorDescriptor.from_tensor(tensor, tile, layout)
+    return TensorDescriptor.from_tensor(tensor, list(tile), plain_layout(8 * tensor.element_size()))
+
+
+@functools.cache
+def plain_layout(bits: int) -> gl.NVMMASharedLayout:
+    """Of numbers of so many bits."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
 
 
 def check() -> Iterator[common.Check]:
