@@ -78,6 +78,27 @@ def check_operands(
         raise ValueError(f"bias has shape {list(bias.shape)}, it must be [{n}], the weight's out_features")
 
 
+def check_hopper(x: Tensor) -> None:
+    """Raises ValueError unless x is on a GPU with wgmma."""
+    if not is_hopper(x.device):
+        raise ValueError(f"x is on {x.device}, this kernel needs a Hopper GPU (H100, H200)")
+
+
+def check_group_size(weight: PreparedWeight, unit: int) -> None:
+    """Raises ValueError unless the weight's group size is a multiple of `unit`."""
+    if weight.group_size % unit:
+        raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {unit}")
+
+
+def aligned_tokens(x: Tensor) -> Tensor:
+    """x [..., K] as [M, K], one row after another, from a boundary of 16 bytes on: a copy only where it must be.
+
+    Asynchronous copies to shared memory, by threads (cp.async) or by the copy engine (TMA), want that.
+    """
+    x_2d = x.reshape(-1, x.shape[-1]).contiguous()
+    return x_2d.clone() if x_2d.data_ptr() % 16 else x_2d
+
+
 def random_tensor(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 0) -> Tensor:
     """Standard normal numbers [*shape] on DEVICE; the same numbers for the same seed and device."""
     generator = torch.Generator(DEVICE).manual_seed(seed)
@@ -204,6 +225,36 @@ def bench_matmul(
         for x, fp16_time in zip(inputs, fp16, strict=True):
             time = microseconds(matmul, [(x, p) for p in prepared])
             sizes = {"m": len(x), "n": n, "k": k, "group_size": group_size}
+            rows.append(matmul_row(sizes, weight_bytes, time, fp16_time))
+    return rows
+
+
+def bench_layers(
+    matmul: Callable[[Tensor, Any], Tensor],
+    prepare: Callable[[QuantizedWeight], Any],
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    group_size: int,
+) -> list[Row]:
+    """Times an int4 matmul on several layers beside torch's own fp16 matmul, each with weights past the L2 cache.
+
+    Args:
+        matmul, prepare: as for `check_matmul`.
+        shapes: (N, K) of each layer.
+        tokens: the values of M.
+        group_size: divides each K.
+    """
+    rows = []
+    for n, k in shapes:
+        weights = [random_tensor(n, k, seed=seed) for seed in range(copies_to_fill_cache(n * k // 2))]
+        packed = [quantize_reference(w, group_size) for w in weights]
+        prepared = [prepare(p) for p in packed]
+        weight_bytes = sum(tensor.nbytes for tensor in packed[0])
+        for m in tokens:
+            x = random_tensor(m, k, seed=9)
+            fp16_time = microseconds(torch.nn.functional.linear, [(x, w) for w in weights])
+            time = microseconds(matmul, [(x, p) for p in prepared])
+            sizes = {"m": m, "n": n, "k": k, "group_size": group_size}
             rows.append(matmul_row(sizes, weight_bytes, time, fp16_time))
     return rows
 

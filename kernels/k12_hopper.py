@@ -336,13 +336,9 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     """
     n, k = weight.out_features, weight.in_features
     common.check_operands(x, weight, bias)
-    if weight.group_size % BLOCK:
-        raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {BLOCK}")
-    if not common.is_hopper(x.device):
-        raise ValueError(f"x is on {x.device}, this kernel needs a Hopper GPU (H100, H200)")
-    x_2d = x.reshape(-1, k).contiguous()
-    if x_2d.data_ptr() % 16:
-        x_2d = x_2d.clone()  # the copy engine wants 16-byte boundaries
+    common.check_group_size(weight, BLOCK)
+    common.check_hopper(x)
+    x_2d = common.aligned_tokens(x)
     m = x_2d.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:

@@ -61,7 +61,6 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
-from kernels.k00_reference import quantize_reference
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
 from kernels.row_tiles import ROWS, launch_options, load_weight, multiply, share_tokens
 
@@ -124,13 +123,10 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     """
     n, k = weight.out_features, weight.in_features
     common.check_operands(x, weight, bias)
-    if weight.group_size % BLOCK:
-        raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {BLOCK}")
+    common.check_group_size(weight, BLOCK)
     if not common.has_mma(x.device):
         raise ValueError(f"x is on {x.device}, this kernel needs an NVIDIA GPU of sm_80 or newer")
-    x_2d = x.reshape(-1, k).contiguous()
-    if x_2d.data_ptr() % 16:
-        x_2d = x_2d.clone()  # it is copied to shared memory 16 bytes at a time
+    x_2d = common.aligned_tokens(x)
     m = x_2d.shape[0]
     if not 1 <= m <= MOST_TOKENS:
         raise ValueError(f"x has shape {list(x.shape)}, this kernel multiplies 1 to {MOST_TOKENS} tokens of {k}")
@@ -168,25 +164,14 @@ def check() -> Iterator[common.Check]:
     yield from common.check_matmul(matmul, prepare, shapes)
 
 
-SHAPES = ((2304, 768), (768, 3072), (4800, 1600), (1600, 6400), (2048, 2048), (8192, 2048))  # N, K: GPT-2's, and two
+WIDE = ((2304, 768), (768, 3072), (4800, 1600), (2048, 2048), (8192, 2048))  # N, K: GPT-2's, and two
+LONG = ((1600, 6400),)  # more columns than 16 tokens may have
 
 
 def bench() -> list[common.Row]:
     """Times layers of GPT-2 124M and XL, and two more, beside torch's own fp16 matmul."""
-    rows = []
-    for n, k in SHAPES:
-        group_size = 64
-        copies = common.copies_to_fill_cache(n * k // 2)
-        weights = [common.random_tensor(n, k, seed=seed) for seed in range(copies)]
-        packed = [quantize_reference(w, group_size) for w in weights]
-        prepared = [prepare(p) for p in packed]
-        weight_bytes = sum(tensor.nbytes for tensor in packed[0])
-        for m in (1, 4, 8, 16) if k <= 4096 else (1, 4, 8):
-            x = common.random_tensor(m, k, seed=9)
-            fp16 = common.microseconds(torch.nn.functional.linear, [(x, w) for w in weights])
-            time = common.microseconds(matmul, [(x, p) for p in prepared])
-            rows.append(common.matmul_row({"m": m, "n": n, "k": k, "group_size": group_size}, weight_bytes, time, fp16))
-    return rows
+    wide = common.bench_layers(matmul, prepare, WIDE, tokens=(1, 4, 8, 16), group_size=64)
+    return wide + common.bench_layers(matmul, prepare, LONG, tokens=(1, 4, 8), group_size=64)
 
 
 if __name__ == "__main__":

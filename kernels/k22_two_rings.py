@@ -93,7 +93,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
-from kernels.k00_reference import quantize_reference
 from kernels.parts import add_up
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
 from kernels.row_tiles import unpack
@@ -360,13 +359,9 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     """
     n, k = weight.out_features, weight.in_features
     common.check_operands(x, weight, bias)
-    if weight.group_size % BLOCK:
-        raise ValueError(f"group_size is {weight.group_size}, this kernel takes multiples of {BLOCK}")
-    if not common.is_hopper(x.device):
-        raise ValueError(f"x is on {x.device}, this kernel needs a Hopper GPU (H100, H200)")
-    x_2d = x.reshape(-1, k).contiguous()
-    if x_2d.data_ptr() % 16:
-        x_2d = x_2d.clone()  # the copy engine wants 16-byte boundaries
+    common.check_group_size(weight, BLOCK)
+    common.check_hopper(x)
+    x_2d = common.aligned_tokens(x)
     m = x_2d.shape[0]
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
@@ -433,20 +428,7 @@ SHAPES = ((512, 2048), (2048, 2048), (8192, 2048), (2048, 8192), (8192, 8192))  
 
 def bench() -> list[common.Row]:
     """Times five layers, 16 to 512 tokens, beside torch's own fp16 matmul."""
-    rows = []
-    for n, k in SHAPES:
-        group_size = 128
-        copies = common.copies_to_fill_cache(n * k // 2)
-        weights = [common.random_tensor(n, k, seed=seed) for seed in range(copies)]
-        packed = [quantize_reference(w, group_size) for w in weights]
-        prepared = [prepare(p) for p in packed]
-        weight_bytes = sum(tensor.nbytes for tensor in packed[0])
-        for m in (16, 32, 64, 128, 256, 512):
-            x = common.random_tensor(m, k, seed=9)
-            fp16 = common.microseconds(torch.nn.functional.linear, [(x, w) for w in weights])
-            time = common.microseconds(matmul, [(x, p) for p in prepared])
-            rows.append(common.matmul_row({"m": m, "n": n, "k": k, "group_size": group_size}, weight_bytes, time, fp16))
-    return rows
+    return common.bench_layers(matmul, prepare, SHAPES, tokens=(16, 32, 64, 128, 256, 512), group_size=128)
 
 
 if __name__ == "__main__":

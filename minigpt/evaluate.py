@@ -137,7 +137,8 @@ def scoring_rate(model: GPT, tokens: Tensor, length: int, batch_size: int, secon
     """
     batch = tokens[torch.arange(batch_size * length, device=tokens.device) % len(tokens)].view(batch_size, length)
     scorer = Scorer(model)
-    scorer(batch, skip=1)  # a first call runs, and the second, which is not counted either, records
+    if batch.is_cuda:
+        scorer(batch, skip=1)  # a first call runs, and the second, which is not counted either, records
     times = _repeat(lambda: scorer(batch, skip=1), tokens.device, seconds)
     return batch.numel() / statistics.median(times)
 

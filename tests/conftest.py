@@ -1,6 +1,9 @@
 """What all tests share: random data, poisoned outputs, and where the text for tests lies."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,20 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU (make test-gpu)"))
+
+
+@pytest.fixture(scope="module")
+def compiled(request):
+    """What kernels compile to for GPUs that are not here: what the test's file, or its PROGRAM, prints as a program.
+
+    A program of its own, as Triton's interpreter is chosen once for all and compiles nothing.
+    """
+    folder = request.path.parent
+    program = folder / getattr(request.module, "PROGRAM", request.path.name)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}", "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, program], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
 
 
 @pytest.fixture(autouse=True)

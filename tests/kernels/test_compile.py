@@ -1,26 +1,11 @@
 """Every kernel, compiled ahead of time for GPUs that are not here: it fits them, spills nothing, uses tensor cores."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from conftest import ROOT
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
+PROGRAM = "compile_kernels.py"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block may use (CUDA C++ programming guide, table of limits)
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    program = Path(__file__).with_name("compile_kernels.py")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, program], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
 
 
 def test_all_kernels_are_compiled_for_both(compiled):

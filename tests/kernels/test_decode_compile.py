@@ -5,11 +5,7 @@ chosen for a whole process. Lessons 17, 18, 21 and the output layer of 20 are Gl
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -190,16 +186,6 @@ def compile_whole_step(n_embd):
 def is_xl_on_a_small_gpu(result):
     """Eight tokens of 6400 columns, 128 KiB: one that does not fit, and that is not launched."""
     return (result["arch"], result.get("m"), result.get("k")) == (86, 8, 6400)
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    from conftest import ROOT
-
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
 
 
 def test_they_fit_and_spill_nothing(compiled):

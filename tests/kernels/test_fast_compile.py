@@ -5,11 +5,7 @@ chosen for a whole process.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -128,16 +124,6 @@ def compile_plain(kernel, pointers, integers, options, arch):
         return compile_kernel(kernel, pointers, integers, options, arch)
     compiled = compile_for(GPUTarget("hip", arch, 64), kernel, pointers, integers, options)
     return {"kernel": kernel.__name__, "arch": arch, "bytes": len(compiled.kernel)}
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    from conftest import ROOT
-
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path(__file__).parent}", "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=ROOT, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
 
 
 def test_every_gpu_gets_its_kernels(compiled):

@@ -5,11 +5,7 @@ kernels, is chosen for a whole process.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -209,15 +205,6 @@ def compile_variant(kernel, dtypes, integers, options, arch):
         "widest_store": max([int(n) for n in re.findall(r"st\.global\.v(\d)\.b32", ptx)], default=1),
         "widest_load": max([int(n) for n in re.findall(r"ld\.global\.v(\d)\.b32", ptx)], default=1),
     }
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    root = Path(__file__).parent.parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "0"}
-    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, cwd=root, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
 
 
 def of(compiled, kernel, arch):
