@@ -47,7 +47,7 @@ def lesson_20(m, k):
 
     pointers = {"x_ptr": "fp16", "codes_ptr": "i8", "scales_ptr": "fp16", "bias_ptr": "fp32", "folded_ptr": "fp32"}
     pointers |= {"sums_ptr": "fp32", "out_ptr": "fp16", "best_ptr": "fp32", "index_ptr": "i32"}
-    options = {"TILES": 1 << (k // 16 - 1).bit_length(), "BLOCK_M": block_m(m), "STEP": 2, "num_warps": 2}
+    options = {"TILES": 1 << (k // 16 - 1).bit_length(), "BLOCK_M": block_m(m), **lesson.launch_options(k)}
     return lesson.output_kernel, pointers, options
 
 
@@ -60,7 +60,8 @@ def gluon_variants():
     yield 90, 8, 1600, lesson_17("bf16", 8, 4800, 1600)
     for way, m, k in (("norm", 1, 768), ("gelu", 1, 1600), ("add", 8, 1280), ("add", 8, 3072), ("add", 8, 6400)):
         yield 90, m, k, lesson_18(way, m, k)
-    yield 90, 1, 768, lesson_20(1, 768)
+    for m, k in ((1, 768), (1, 1024), (1, 1280), (1, 1600), (8, 1600), (8, 4096)):
+        yield 90, m, k, lesson_20(m, k)
     for arch in SHARED_MEMORY:
         yield arch, 1, 6400, lesson_17("fp16", 1, 1600, 6400)
         yield arch, 8, 1600, lesson_18("gelu", 8, 1600)
@@ -116,6 +117,7 @@ def compile_gluon(arch, m, k, variant):
         "m": m,
         "k": k,
         "step": options["STEP"],
+        "passes": options.get("PASSES", 1),
         **resource_usage(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "mma": len(re.findall(r"\bmma\.sync\.aligned\.m16n8k16", ptx)),
@@ -213,15 +215,15 @@ def test_the_front_door_knows_what_fits(compiled, monkeypatch):
 
 
 def test_every_block_goes_through_the_tensor_cores(compiled):
-    """A block of 64 columns is four instructions, or eight for 16 tokens; a warp has `step` of them."""
+    """A block of 64 columns is four instructions, or eight for 16 tokens; a warp has `step` of them in a pass."""
     for result in compiled["gluon"]:
-        assert result["mma"] == result["step"] * (8 if result["m"] > 8 else 4), result
+        assert result["mma"] == result["step"] * result["passes"] * (8 if result["m"] > 8 else 4), result
 
 
 def test_the_weight_is_asked_for_before_the_wait(compiled):
     """Lessons 17 and 18: all of it. A thread loads a part of two rows of a tile, 8 bytes of codes each, and two scales.
 
-    Lesson 20's output layer: two steps, 16 bytes each; the others come in the loop.
+    Lesson 20's output layer: those of its first pass, 16 bytes each.
     """
     for result in [result for result in compiled["gluon"] if result["arch"] >= 90]:
         assert result["codes_before"] == 2 * result["step"], result
