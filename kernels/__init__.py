@@ -18,7 +18,18 @@ warnings.filterwarnings("ignore", message="'kernels.k00_reference' found in sys.
 
 from kernels.cpu import CPUWeight, prepare_for_cpu  # noqa: E402
 from kernels.front_door import dequantize, matmul, matmul_int8, quantize  # noqa: E402
-from kernels.fused import add_matmul, all_blocks, attend, best_tokens, can_fuse, embed, mail_for, normed_matmul, score  # noqa: E402
+from kernels.fused import (  # noqa: E402
+    add_matmul,
+    all_blocks,
+    attend,
+    attend_and_add,
+    best_tokens,
+    can_fuse,
+    embed,
+    mail_for,
+    normed_matmul,
+    score,
+)
 from kernels.int8 import Int8Weight, dequantize_int8, quantize_int8  # noqa: E402
 from kernels.k00_reference import (  # noqa: E402
     QuantizedWeight,
@@ -47,6 +58,7 @@ __all__ = [
     "add_matmul",
     "all_blocks",
     "attend",
+    "attend_and_add",
     "best_tokens",
     "can_fuse",
     "choose_scales",

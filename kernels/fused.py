@@ -31,6 +31,7 @@ from kernels.stream import (
 )
 
 MOST_TOKENS = 8
+MOST_SPLITS = 8  # parts of attention that a projection may join: each of its programs loads them all
 
 
 def can_fuse(weight: object, dtype: torch.dtype, tokens: int) -> bool:
@@ -87,6 +88,26 @@ def add_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor, stream: Stream, 
         stream.write(stream.residual + x.float() @ values(weight).t() + bias.float(), gamma.float())
 
 
+def attend_and_add(
+    qkv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    parts: Parts,
+    weight: PreparedWeight,
+    bias: Tensor,
+    stream: Stream,
+    gamma: Tensor,
+) -> None:
+    """`attend`, then `add_matmul`; of one token, the latter joins what the former's programs found."""
+    batch_size, _, splits, _ = parts.outs.shape
+    if qkv.is_cuda and batch_size == 1 and splits <= MOST_SPLITS and k.shape[3] == BLOCK:
+        _lesson("k19_attention").attend_in_parts(qkv, k, v, positions, parts)
+        _lesson("k18_fused_layers").add_joined(parts, positions, weight, bias, stream, gamma)
+    else:
+        add_matmul(attend(qkv, k, v, positions, parts), weight, bias, stream, gamma)
+
+
 def all_blocks(
     stream: Stream,
     layers: Layers,
@@ -108,8 +129,8 @@ def all_blocks(
             for linears, j in ((layers.c_attn, 2 * i), (layers.c_fc, 2 * i + 1))
         )
         qkv = normed_matmul(stream, layers.c_attn.weight(i), norm_1, eps)
-        y = attend(qkv, k[i], v[i], positions, parts)
-        add_matmul(y, layers.attn_proj.weight(i), layers.attn_proj.bias[i], stream, layers.gammas[2 * i + 1])
+        proj = layers.attn_proj.weight(i), layers.attn_proj.bias[i]
+        attend_and_add(qkv, k[i], v[i], positions, parts, *proj, stream, layers.gammas[2 * i + 1])
         hidden = normed_matmul(stream, layers.c_fc.weight(i), norm_2, eps, gelu=True)
         add_matmul(hidden, layers.mlp_proj.weight(i), layers.mlp_proj.bias[i], stream, layers.gammas[2 * i + 2])
 

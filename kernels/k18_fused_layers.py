@@ -56,13 +56,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import common
 from kernels.k00_reference import dequantize_reference, quantize_reference
 from kernels.prepared import TILE_ROWS, PreparedWeight, prepare
-from kernels.row_tiles import gelu, launch_options, load_sums, load_weight, multiply, normalise, share_tokens
-from kernels.stream import FoldedNorm, Stream, fold_norm, gelu_reference
+from kernels.row_tiles import (
+    gelu,
+    launch_options,
+    load_sums,
+    load_weight,
+    multiply,
+    normalise,
+    share_parts,
+    share_tokens,
+)
+from kernels.stream import BLOCK_L, FoldedNorm, Parts, Stream, fold_norm, gelu_reference
 
 
 @gluon.jit
 def fused_kernel(
-    x_ptr,  # fp16 [M, K]
+    x_ptr,  # fp16 [M, K]; JOIN: [K/64, SPLITS, 64]
+    logs_ptr,  # JOIN: fp32 [K/64, SPLITS]
+    positions_ptr,  # JOIN: int64 [1]
     codes_ptr,  # int16 [N/16, blocks, 16, 16]
     scale_zeros_ptr,  # int32 [groups, N]
     bias_ptr,  # fp16 or fp32 [N]
@@ -79,6 +90,8 @@ def fused_kernel(
     NORM: gl.constexpr,
     GELU: gl.constexpr,
     ADD: gl.constexpr,
+    SPLITS: gl.constexpr,  # parts in which x comes, see lesson 19; 0: whole
+    BLOCK_L: gl.constexpr,  # positions of a part
     TILES: gl.constexpr,  # at least K/16, a power of two
     GROUP_SIZE: gl.constexpr,  # a multiple of 64
     BLOCK_M: gl.constexpr,
@@ -103,6 +116,9 @@ def fused_kernel(
         folded = gl.load(folded_ptr + n)
     if ADD:
         gamma = gl.load(gamma_ptr + n).to(gl.float32)
+    if SPLITS > 0:
+        position = gl.load(positions_ptr).to(gl.int32)
+        splits = gl.maximum((position + BLOCK_L - 1) // BLOCK_L, 1)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -111,7 +127,10 @@ def fused_kernel(
     if ADD:  # NEW
         residual_ptrs = residual_ptr + (offs_m * N)[None, :] + offs_n[:, None]
         residual = gl.load(residual_ptrs, mask=mask, other=0.0)
-    x = share_tokens(x_ptr, M, K, blocks, BLOCK_M, STEP, num_warps)
+    if SPLITS > 0:
+        x = share_parts(x_ptr, logs_ptr, splits, blocks, SPLITS, STEP, num_warps)
+    else:
+        x = share_tokens(x_ptr, M, K, blocks, BLOCK_M, STEP, num_warps)
     out = multiply(x, codes, words, BLOCK_M, STEP, mma, num_warps)  # [16, TOKENS]
     if NORM:  # NEW
         out = normalise(out, sums, squares, folded, K, eps, layout)
@@ -130,7 +149,7 @@ def fused_kernel(
 
 
 def launch(
-    x: Tensor,
+    x: Tensor | Parts,
     weight: PreparedWeight,
     bias: Tensor,
     out: Tensor,
@@ -139,16 +158,20 @@ def launch(
     eps: float = 0.0,
     gelu: bool = False,
     gamma: Tensor | None = None,
+    positions: Tensor | None = None,
 ) -> None:
-    """Launches the kernel for 1 to 8 tokens, x [M, K] -> out [M, N].
+    """Launches the kernel for 1 to 8 tokens, x [M, K] -> out [M, N]; x may be one token's attention in parts.
 
     Raises:
         ValueError: there are more.
     """
-    if len(x) > 8:
-        raise ValueError(f"x has shape {list(x.shape)}, this kernel multiplies at most 8 tokens")
+    m = len(out)
+    if m > 8:
+        raise ValueError(f"there are {m} tokens, this kernel multiplies at most 8")
     fused_kernel[(triton.cdiv(weight.out_features, TILE_ROWS),)](
-        x,
+        x.outs if isinstance(x, Parts) else x,
+        x.logs if isinstance(x, Parts) else None,
+        positions,
         weight.codes,
         weight.scale_zeros,
         bias,
@@ -157,7 +180,7 @@ def launch(
         stream.residual,
         stream.sums,
         out,
-        x.shape[0],
+        m,
         weight.out_features,
         weight.in_features,
         weight.blocks,
@@ -165,9 +188,11 @@ def launch(
         NORM=norm is not None,
         GELU=gelu,
         ADD=gamma is not None,
+        SPLITS=x.logs.shape[2] if isinstance(x, Parts) else 0,
+        BLOCK_L=BLOCK_L,
         TILES=triton.next_power_of_2(triton.cdiv(weight.in_features, TILE_ROWS)),
         GROUP_SIZE=weight.group_size,
-        BLOCK_M=1 if len(x) == 1 else 8,
+        BLOCK_M=1 if m == 1 else 8,
         **launch_options(weight.in_features),
         **common.early_launch(),
     )
@@ -202,6 +227,19 @@ def add_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor, stream: Stream, 
         gamma: floating [N], the weight of the LayerNorm that reads the stream next.
     """
     launch(x, weight, bias, stream.scaled, stream, gamma=gamma)
+
+
+def add_joined(
+    parts: Parts, positions: Tensor, weight: PreparedWeight, bias: Tensor, stream: Stream, gamma: Tensor
+) -> None:
+    """`add_matmul` of one token's attention, whose parts each program joins as it loads x: lesson 19's exercise.
+
+    Args:
+        parts: of one sequence, heads of 64 numbers, as `kernels.k19_attention.attend_in_parts` left them.
+        positions: int64 [1] (or [1, 1]), where the token stands. Read while the kernel ahead may still be running.
+        weight, bias, stream, gamma: as in `add_matmul`.
+    """
+    launch(parts, weight, bias, stream.scaled, stream, gamma=gamma, positions=positions)
 
 
 def check() -> Iterator[common.Check]:

@@ -16,14 +16,20 @@ of them idle and walk along the context step by step; so a head gets a program f
                           out
 
 Softmax lets itself be cut like that (Milakov & Gimelshein 2018, "Online normalizer calculation for softmax"): with
-weights exp(score - top) relative to a part's own largest score, parts join as  sum of exp(top_i - top) * part_i.
+weights exp(score - top) relative to a part's own largest score, sums join as  sum of exp(top_i - top) * part_i. A part
+keeps its weighted mean and, as one logarithm, log2 of its weights' sum: what softmax makes of these logarithms are the
+parts' shares.
+
+A single sequence's parts are left as they are: the projection behind, lesson 18's kernel, joins them as it loads x
+(`share_parts` in row_tiles.py). Each of its programs does so anew and reads eight parts in place of one x: 26 KB at
+1024 positions of GPT-2 XL. In return no program stores, counts and loads once more, each a trip to the L2 cache.
 
 NEW as well: all keys and values but the newest were written many kernels ago. Their loads go before `gdc_wait`, and
 are under way while the kernel ahead is still making query, key and value.
 
 THE PRICE. Bytes: 2 * 64 * 2 a position and head; at 1024 positions 3.1 MB for 12 heads, 0.8 microseconds at 4.2 TB/s.
 As in lesson 17 there is a chain: query, scores, largest, total, sum over 128 rows, with a barrier each, 1 microsecond;
-and if there are several parts, a store, a counter and a load, each a trip to the L2 cache: 1.5 more.
+and if parts are joined here, a store, a counter and a load, each a trip to the L2 cache: 1.5 more.
 
 MEASURED on an H200 (results/k19_attention.json: command, versions, date), microseconds, one sequence and eight:
 
@@ -38,8 +44,8 @@ torch's own takes a mask, two copies into the cache and its attention kernel, in
 microseconds, and takes 169. Programs that have nothing to do, and there are many, fetching the MLP's weights into the
 L2 cache meanwhile: a step of XL took 970 microseconds, without that 863. A step does not wait for bytes.
 
-NEXT. The step's two ends: where tokens become numbers, and numbers a token (lesson 20). EXERCISE. A counter costs a
-trip to the L2 cache. Let lesson 18's kernel join the parts instead, when it loads x. What must each program load then?
+NEXT. The step's two ends: where tokens become numbers, and numbers a token (lesson 20). EXERCISE. Of eight
+sequences parts are joined here. How many bytes would all programs of XL's projection read together if they did it?
 """
 
 import math
@@ -62,10 +68,9 @@ def attention_kernel(
     k_ptr,  # fp16 [B, H, L, D]
     v_ptr,  # fp16 [B, H, L, D]
     positions_ptr,  # int64 [B], where the new token stands
-    out_ptr,  # fp16 [B, C]
-    outs_ptr,  # fp32 [B, H, SPLITS, BLOCK_D]
-    tops_ptr,  # fp32 [B, H, SPLITS]
-    totals_ptr,  # fp32 [B, H, SPLITS]
+    out_ptr,  # JOIN: fp16 [B, C]
+    outs_ptr,  # fp16 [B, H, SPLITS, BLOCK_D]
+    logs_ptr,  # fp32 [B, H, SPLITS]
     arrived_ptr,  # int32 [B, H]
     H,
     L,
@@ -74,6 +79,7 @@ def attention_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_L: tl.constexpr,
     SPLITS: tl.constexpr,
+    JOIN: tl.constexpr,  # whether the last part to be done joins them all in out, or the next kernel does
     PDL: tl.constexpr,
 ):
     """A part of the context of one head of one sequence."""
@@ -117,28 +123,27 @@ def attention_kernel(
         new = tl.zeros((BLOCK_D,), tl.float32)
     weights = tl.exp2(scores - top)  # [BLOCK_L], at most 1
     total = tl.sum(weights, 0) + new_weight
-    out = tl.sum(weights[:, None] * v.to(tl.float32), 0) + new  # [BLOCK_D]
+    out = (tl.sum(weights[:, None] * v.to(tl.float32), 0) + new) / total  # [BLOCK_D]
 
-    if splits > 1:  # NEW
-        pair = b * H + head
-        tl.store(outs_ptr + (pair * SPLITS + split) * BLOCK_D + d, out)
-        tl.store(tops_ptr + pair * SPLITS + split, top)
-        tl.store(totals_ptr + pair * SPLITS + split, total)
-        tl.debug_barrier()  # all threads have stored; then the count goes up, and whoever reads it sees the stores
-        if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") != splits - 1:
-            return
-        tl.store(arrived_ptr + pair, 0)  # for the next launch
-        part = tl.arange(0, SPLITS)
-        there = part < splits
-        # .cg: not from this multiprocessor's own cache, which may hold what was there before.
-        tops = tl.load(tops_ptr + pair * SPLITS + part, mask=there, other=float("-inf"), cache_modifier=".cg")
-        totals = tl.load(totals_ptr + pair * SPLITS + part, mask=there, other=0.0, cache_modifier=".cg")
-        outs_offs = (pair * SPLITS + part)[:, None] * BLOCK_D + d[None, :]
-        outs = tl.load(outs_ptr + outs_offs, mask=there[:, None], other=0.0, cache_modifier=".cg")
-        shrink = tl.exp2(tops - tl.max(tops, 0))  # [SPLITS]
-        total = tl.sum(totals * shrink, 0)
-        out = tl.sum(outs * shrink[:, None], 0)
-    tl.store(out_ptr + b * C + head * D + d, (out / total).to(out_ptr.dtype.element_ty), mask=in_d)
+    pair = b * H + head
+    if splits > 1 or not JOIN:  # NEW
+        tl.store(outs_ptr + (pair * SPLITS + split) * BLOCK_D + d, out.to(tl.float16))
+        tl.store(logs_ptr + pair * SPLITS + split, top + tl.log2(total))
+    if JOIN:
+        if splits > 1:  # NEW
+            tl.debug_barrier()  # all threads have stored; then the count goes up, and whoever reads it sees the stores
+            if tl.atomic_add(arrived_ptr + pair, 1, sem="acq_rel") != splits - 1:
+                return
+            tl.store(arrived_ptr + pair, 0)  # for the next launch
+            part = tl.arange(0, SPLITS)
+            there = part < splits
+            # .cg: not from this multiprocessor's own cache, which may hold what was there before.
+            logs = tl.load(logs_ptr + pair * SPLITS + part, mask=there, other=float("-inf"), cache_modifier=".cg")
+            outs_offs = (pair * SPLITS + part)[:, None] * BLOCK_D + d[None, :]
+            outs = tl.load(outs_ptr + outs_offs, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            shares = tl.exp2(logs - tl.max(logs, 0))  # [SPLITS]
+            out = tl.sum(outs.to(tl.float32) * shares[:, None], 0) / tl.sum(shares, 0)
+        tl.store(out_ptr + b * C + head * D + d, out.to(out_ptr.dtype.element_ty), mask=in_d)
 
 
 def attend(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts: Parts) -> Tensor:
@@ -156,9 +161,18 @@ def attend(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts: Parts) -
     Returns:
         float16 [B, C].
     """
+    out = torch.empty((len(k), k.shape[1] * k.shape[3]), dtype=qkv.dtype, device=qkv.device)
+    _launch(qkv, k, v, positions, out, parts)
+    return out
+
+
+def attend_in_parts(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts: Parts) -> None:
+    """The same, but leaves its parts as they are in `parts`, for the next kernel to join."""
+    _launch(qkv, k, v, positions, None, parts)
+
+
+def _launch(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor | None, parts: Parts) -> None:
     batch_size, heads, length, head_size = k.shape
-    out = torch.empty((batch_size, heads * head_size), dtype=qkv.dtype, device=qkv.device)
-    splits = parts.tops.shape[2]
     attention_kernel[(heads, batch_size, triton.cdiv(length, BLOCK_L))](
         qkv,
         k,
@@ -172,11 +186,11 @@ def attend(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts: Parts) -
         D=head_size,
         BLOCK_D=parts.outs.shape[3],
         BLOCK_L=BLOCK_L,
-        SPLITS=splits,
+        SPLITS=parts.logs.shape[2],
+        JOIN=out is not None,
         num_warps=WARPS,
         **common.early_launch(),
     )
-    return out
 
 
 def check() -> Iterator[common.Check]:
@@ -214,10 +228,18 @@ def _bench_layer(batch_size: int, heads: int, length: int) -> common.Row:
     positions = torch.full((batch_size,), length - 1, device=qkv.device)
     parts = Parts.empty(batch_size, heads, size, length, qkv.device)
     fp16 = common.microseconds(attend_reference, [(qkv, k, v, positions) for k, v in caches])
-    time = common.microseconds(attend, [(qkv, k, v, positions, parts) for k, v in caches])
-    sizes = {"batch": batch_size, "heads": heads, "length": length}
+    calls = [(qkv, k, v, positions, parts) for k, v in caches]
+    time = common.microseconds(attend, calls)
     floor = common.floor_microseconds(2 * caches[0][0].nbytes)
-    return {**sizes, "microseconds": time, "torch_microseconds": fp16, "share_of_roofline": floor / time}
+    return {
+        "batch": batch_size,
+        "heads": heads,
+        "length": length,
+        "microseconds": time,
+        "in_parts_microseconds": common.microseconds(attend_in_parts, calls),
+        "torch_microseconds": fp16,
+        "share_of_roofline": floor / time,
+    }
 
 
 if __name__ == "__main__":

@@ -149,6 +149,47 @@ def share_tokens(
 
 
 @gluon.jit
+def share_parts(
+    outs_ptr,  # fp16 [heads, SPLITS, 64]
+    logs_ptr,  # fp32 [heads, SPLITS]
+    splits,
+    heads,
+    SPLITS: gl.constexpr,
+    STEP: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """One token's attention, joined from the first `splits` parts of each head, into shared memory like `share_tokens`.
+
+    A head has 64 numbers, a block of columns. Heads past the end are copies of the last.
+    """
+    BLOCKS: gl.constexpr = power_of_two_above(STEP * num_warps)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
+    head = gl.minimum(gl.arange(0, BLOCKS, layout=gl.SliceLayout(1, layout)), heads - 1)
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    outs = ()
+    logs = ()
+    for i in gl.static_range(SPLITS):
+        there = i < splits
+        logs += (gl.load(logs_ptr + head * SPLITS + i, mask=there, other=float("-inf")),)
+        ptrs = outs_ptr + ((head * SPLITS + i) * 64)[:, None] + column[None, :]
+        outs += (gl.load(ptrs, mask=there, other=0.0),)
+    top = gl.full([BLOCKS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
+    for i in gl.static_range(SPLITS):
+        top = gl.maximum(top, logs[i])
+    x = gl.zeros([BLOCKS, 64], gl.float32, layout)
+    total = gl.zeros([BLOCKS], gl.float32, gl.SliceLayout(1, layout))
+    for i in gl.static_range(SPLITS):
+        weight = gl.exp2(logs[i] - top)
+        total += weight
+        x += outs[i].to(gl.float32) * weight[:, None]
+    x = (x / total[:, None]).to(gl.float16)
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+    memory = gl.allocate_shared_memory(gl.float16, [BLOCKS, 64], shared, x)
+    barrier()
+    return memory
+
+
+@gluon.jit
 def four_slices(x, W: gl.constexpr, TOKENS: gl.constexpr):
     """A step's blocks of x from shared memory, [W * TOKENS, 64] -> its slices, four tensors [W, TOKENS, 4, 4].
 

@@ -89,20 +89,19 @@ def gelu_reference(x: Tensor) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """Lesson 19's scratch: where the programs of a head leave what they found, for whichever of them is the last.
+    """Lesson 19's scratch: where the programs of a head leave what they found, for whoever joins it.
 
-    There is room for SPLITS parts, a power of two, at least one for each BLOCK_L positions of the cache.
+    There is room for SPLITS parts, a power of two, at least one for each BLOCK_L positions of the cache. A part has as
+    much to say as its weights add up to.
 
     Attributes:
-        outs: fp32 [B, H, SPLITS, BLOCK_D], the sums of values, weighted relative to the part's largest score.
-        tops: fp32 [B, H, SPLITS], the largest scores.
-        totals: fp32 [B, H, SPLITS], the sums of weights.
+        outs: fp16 [B, H, SPLITS, BLOCK_D], the weighted means of values.
+        logs: fp32 [B, H, SPLITS], the sums of weights, as logarithms to the base 2.
         arrived: int32 [B, H], how many parts are done; 0 between launches.
     """
 
     outs: Tensor
-    tops: Tensor
-    totals: Tensor
+    logs: Tensor
     arrived: Tensor
 
     @classmethod
@@ -110,9 +109,9 @@ class Parts(NamedTuple):
         """For a cache of `length` positions."""
         heads = (batch_size, n_head)
         splits = next_power_of_2(-(-length // BLOCK_L))
+        outs = (*heads, splits, next_power_of_2(head_size))
         return cls(
-            torch.empty((*heads, splits, next_power_of_2(head_size)), device=device),
-            torch.empty((*heads, splits), device=device),
+            torch.empty(outs, dtype=torch.float16, device=device),
             torch.empty((*heads, splits), device=device),
             torch.zeros(heads, dtype=torch.int32, device=device),
         )

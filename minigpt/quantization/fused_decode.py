@@ -62,8 +62,9 @@ class FusedStep:
         kernels.embed(tokens, positions, self.wte, self.wpe, self.gammas[0], stream)
         for layer, block in enumerate(self.blocks):
             qkv = kernels.normed_matmul(stream, block.c_attn, block.norm_1, self.eps)  # [B, 3C]
-            y = kernels.attend(qkv, cache.k[layer], cache.v[layer], positions, parts)  # [B, C]
-            kernels.add_matmul(y, block.attn_proj, block.attn_bias, stream, self.gammas[2 * layer + 1])
+            keys, values = cache.k[layer], cache.v[layer]
+            proj = block.attn_proj, block.attn_bias
+            kernels.attend_and_add(qkv, keys, values, positions, parts, *proj, stream, self.gammas[2 * layer + 1])
             hidden = kernels.normed_matmul(stream, block.c_fc, block.norm_2, self.eps, gelu=True)  # [B, 4C]
             kernels.add_matmul(hidden, block.mlp_proj, block.mlp_bias, stream, self.gammas[2 * layer + 2])
         return stream

@@ -7,8 +7,14 @@ chosen for a whole process. Lessons 17, 18, 21 and the output layer of 20 are Gl
 import json
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
+
+from kernels import Parts, PreparedWeight, Stream
+from kernels.k00_reference import quantize_reference
+from kernels.prepared import prepare
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
@@ -16,6 +22,8 @@ pytest.importorskip("triton", reason="Triton is for Linux only")
 SHARED_MEMORY = {arch: kilobytes * 1024 for arch, kilobytes in ((80, 163), (86, 99), (89, 99), (90, 227), (100, 227))}
 SHARED_MEMORY[120] = 99 * 1024
 WEIGHT = {"codes_ptr": "i16", "scale_zeros_ptr": "i32"}
+POINTED = {torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16"}
+JOINED = ((12, 1024), (16, 512), (20, 200), (25, 1024), (1, 128))  # heads, positions: in 8, 4, 2, 8 parts and in 1
 
 
 def block_m(m):
@@ -38,6 +46,7 @@ def lesson_18(way, m, k):
     pointers = {"x_ptr": "fp16", **WEIGHT, "folded_ptr": "fp32", "gamma_ptr": "fp16", "residual_ptr": "fp32"}
     pointers |= {"bias_ptr": "fp16" if way == "add" else "fp32", "sums_ptr": "fp32", "out_ptr": "fp16"}
     options = {"NORM": way != "add", "GELU": way == "gelu", "ADD": way == "add", "GROUP_SIZE": 64}
+    options |= {"SPLITS": 0, "BLOCK_L": 128, "logs_ptr": None, "positions_ptr": None}
     options |= {"TILES": 1 << (k // 16 - 1).bit_length(), "BLOCK_M": block_m(m), **lesson.launch_options(k)}
     return lesson.fused_kernel, pointers, options
 
@@ -51,6 +60,42 @@ def lesson_20(m, k):
     return lesson.output_kernel, pointers, options
 
 
+def as_launched(lesson, name, launch):
+    """A kernel, and the pointers and constants that `launch` launches it with. No pointer, None, is a constant."""
+    kernel = getattr(lesson, name)
+    with mock.patch.object(lesson, name) as stub:
+        launch()
+    arguments, options = stub.__getitem__.return_value.call_args
+    options.pop("launch_pdl", None)  # on a GPU
+    given = dict(zip(kernel.arg_names, arguments, strict=False))
+    pointers = {name: POINTED[value.dtype] for name, value in given.items() if isinstance(value, torch.Tensor)}
+    return kernel, pointers, options | {name: None for name, value in given.items() if value is None}
+
+
+def attention(batch_size, heads, length, joins, size=64):
+    """Lesson 19 as its launchers launch it: its parts joined, or left for the next kernel."""
+    from kernels import k19_attention as lesson
+
+    parts = Parts.empty(batch_size, heads, size, length, torch.device("cpu"))
+    qkv = torch.zeros(batch_size, 3 * heads * size, dtype=torch.float16)
+    k, v = (torch.zeros(batch_size, heads, length, size, dtype=torch.float16) for _ in range(2))
+    positions = torch.zeros(batch_size, 1, dtype=torch.int64)
+    attend = lesson.attend if joins else lesson.attend_in_parts
+    return as_launched(lesson, "attention_kernel", lambda: attend(qkv, k, v, positions, parts))
+
+
+def joining_projection(heads, length):
+    """Lesson 18 as its launcher launches it behind lesson 19, for one token."""
+    from kernels import k18_fused_layers as lesson
+
+    c, cpu = 64 * heads, torch.device("cpu")
+    weight = prepare(quantize_reference(torch.ones(c, c), 64))
+    bias = gamma = torch.zeros(c, dtype=torch.float16)
+    parts, stream = Parts.empty(1, heads, 64, length, cpu), Stream.zeros(1, c, cpu)
+    positions = torch.zeros(1, 1, dtype=torch.int64)
+    return as_launched(lesson, "fused_kernel", lambda: lesson.add_joined(parts, positions, weight, bias, stream, gamma))
+
+
 def gluon_variants():
     """Arch, tokens, and what the launchers make of GPT-2's layers there: kernel, pointers, options."""
     for m, k in ((1, 768), (8, 768), (16, 768), (1, 1024), (8, 1280), (1, 1600), (8, 1600), (16, 1600), (1, 3072)):
@@ -60,6 +105,8 @@ def gluon_variants():
     yield 90, 8, 1600, lesson_17("bf16", 8, 4800, 1600)
     for way, m, k in (("norm", 1, 768), ("gelu", 1, 1600), ("add", 8, 1280), ("add", 8, 3072), ("add", 8, 6400)):
         yield 90, m, k, lesson_18(way, m, k)
+    for heads, length in JOINED:
+        yield 90, 1, 64 * heads, joining_projection(heads, length)
     for m, k in ((1, 768), (1, 1024), (1, 1280), (1, 1600), (8, 1600), (8, 4096)):
         yield 90, m, k, lesson_20(m, k)
     for arch in SHARED_MEMORY:
@@ -74,13 +121,12 @@ def gluon_variants():
 
 def triton_variants():
     """Kernel, pointers, integers, options: attention, and what the embedding and the choice of a token take."""
-    from kernels import k19_attention, k20_step_ends
+    from kernels import k20_step_ends
 
-    parts = dict.fromkeys(("outs_ptr", "tops_ptr", "totals_ptr"), "fp32") | {"arrived_ptr": "i32"}
-    pointers = {"positions_ptr": "i64", **dict.fromkeys(("qkv_ptr", "k_ptr", "v_ptr", "out_ptr"), "fp16"), **parts}
-    options = {"D": 64, "BLOCK_D": 64, "BLOCK_L": 128, "SPLITS": 8, "num_warps": k19_attention.WARPS}
-    yield k19_attention.attention_kernel, pointers, ("H", "L"), options
-    yield k19_attention.attention_kernel, pointers, ("H", "L"), {**options, "D": 20, "BLOCK_D": 32, "SPLITS": 1}
+    joined = ((1, *sizes, False) for sizes in JOINED)
+    for problem in (*joined, (1, 12, 2048, True), (8, 12, 1024, True), (1, 5, 128, True, 20)):
+        kernel, pointers, options = attention(*problem)
+        yield kernel, pointers, ("H", "L"), options
     for bits, wte, scales in ((16, "fp16", "fp16"), (8, "i8", "fp16"), (4, "i16", "i32")):
         pointers = {"tokens_ptr": "i64", "positions_ptr": "i64", "wte_ptr": wte, "wte_scales_ptr": scales}
         pointers |= {"wpe_ptr": "fp16", "gamma_ptr": "fp16", "residual_ptr": "fp32", "scaled_ptr": "fp16"}
@@ -199,9 +245,7 @@ def test_they_fit_and_spill_nothing(compiled):
 
 def test_the_front_door_knows_what_fits(compiled, monkeypatch):
     """Lesson 18's tokens must all be in shared memory, and not every GPU has as much."""
-    import torch
-
-    from kernels import PreparedWeight, can_fuse, common
+    from kernels import can_fuse, common
 
     monkeypatch.setattr(common, "has_mma", lambda device: True)
     monkeypatch.setattr(common, "shared_memory", lambda device: SHARED_MEMORY[device])
@@ -236,7 +280,8 @@ def test_lesson_19_has_its_keys_and_values_before_the_wait(compiled):
     attention = [r for r in compiled["triton"] if r["kernel"] == "attention_kernel" and r["options"]["D"] == 64]
     for result in attention:
         assert result["wide_loads_before"] >= 16, result
-    assert len(attention) == 2
+    ways = {(result["options"]["JOIN"], result["options"]["SPLITS"]) for result in attention}
+    assert ways == {(False, 1), (False, 2), (False, 4), (False, 8), (True, 8), (True, 16)}
     assert all(result["stores_before"] == 0 for result in compiled["triton"])
 
 

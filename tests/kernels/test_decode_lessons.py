@@ -3,6 +3,8 @@
 Lessons 17, 18 and 21 and the output layer of lesson 20 are Gluon, for which there is no interpreter: they need a GPU.
 """
 
+from unittest import mock
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from kernels import (  # noqa: E402
     Stream,
     common,
     fold_norm,
+    fused,
     k17_few_tokens,
     k18_fused_layers,
     k19_attention,
@@ -418,6 +421,71 @@ def test_attention(canary, attend, heads, size, length, positions):
         positions = positions - torch.minimum(positions, torch.tensor(70, device=DEVICE))
     for buffer in scratch:
         assert buffer[: canary.MARGIN].isnan().all() and buffer[-canary.MARGIN :].isnan().all()
+
+
+def joined(parts, position):
+    """What the parts of one sequence say together, float64 [1, C]: by the definition of a weighted mean."""
+    splits = max(1, -(-position // 128))
+    outs, logs = parts.outs[:, :, :splits].double(), parts.logs[:, :, :splits].double()
+    weights = torch.exp2(logs - logs.amax(2, keepdim=True))[..., None]
+    return ((outs * weights).sum(2) / weights.sum(2)).flatten(1)
+
+
+@pytest.mark.parametrize("position", [0, 1, 128, 129, 700, 1023])
+def test_attention_left_in_parts(position):
+    k, v = (randn(1, 12, 1024, 64, dtype=torch.float16) for _ in range(2))
+    k[:, :, position:], v[:, :, position:] = torch.nan, torch.inf
+    parts = Parts.empty(1, 12, 64, 1024, DEVICE)
+    parts.outs.fill_(torch.nan), parts.logs.fill_(torch.inf)
+    qkv, positions = randn(1, 3 * 768, dtype=torch.float16), torch.tensor([[position]], device=DEVICE)
+    expected = attention(qkv, k, v, positions)
+    k19_attention.attend_in_parts(qkv, k, v, positions, parts)
+    assert common.relative_error(joined(parts, position), expected) < common.tolerance(torch.float16)
+    assert not k[:, :, position].isnan().any() and parts.arrived.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "length", "size", "joins"),
+    [(1, 1024, 64, True), (1, 5, 64, True), (8, 1024, 64, False), (1, 1025, 64, False), (1, 1024, 32, False)],
+)
+def test_whose_attention_the_projection_joins(monkeypatch, batch_size, length, size, joins):
+    """One token's, in at most eight parts, with heads of a block of columns."""
+    lessons = mock.MagicMock()
+    monkeypatch.setattr(fused, "_lesson", lambda _: lessons)
+    parts = Parts.empty(batch_size, 2, size, length, DEVICE)
+    qkv, k = mock.Mock(is_cuda=True), torch.empty(batch_size, 2, length, size)
+    fused.attend_and_add(qkv, k, k, None, parts, None, None, None, None)
+    names = ["attend_in_parts", "add_joined"] if joins else ["attend", "add_matmul"]
+    assert [name for name, _, _ in lessons.method_calls] == names
+
+
+@needs_mma
+@pytest.mark.gpu
+@pytest.mark.parametrize(("heads", "length"), [(12, 1024), (16, 512), (20, 1000), (25, 1024), (3, 100), (25, 128)])
+def test_a_projection_joins_the_parts_of_attention(canary, heads, length):
+    """Whatever lies in the parts that are not used."""
+    c = 64 * heads
+    weight = prepare(quantize_reference(randn(c, c) / c**0.5, 64))
+    bias, gamma = randn(c, dtype=torch.float16), 1 + randn(c, dtype=torch.float16) / 10
+    k, v = (randn(1, heads, length, 64, dtype=torch.float16) for _ in range(2))
+    for position in (0, length // 3, length - 1):
+        canary.outputs.clear()
+        parts = Parts.empty(1, heads, 64, length, DEVICE)
+        scratch = list(canary.outputs)
+        parts.outs.fill_(torch.nan), parts.logs.fill_(torch.inf)
+        stream = Stream.zeros(1, c, DEVICE)
+        stream.write(randn(1, c), gamma)
+        before = stream.residual.double()
+        qkv, positions = randn(1, 3 * c, dtype=torch.float16), torch.tensor([position], device=DEVICE)
+        expected = before + attention(qkv, k, v, positions) @ numbers(weight).t() + bias.double()
+        kernels.attend_and_add(qkv, k, v, positions, parts, weight, bias, stream, gamma)
+        assert common.relative_error(stream.residual - before, expected - before) < 2 * common.tolerance(torch.float16)
+        assert common.relative_error(stream.scaled, expected * gamma.double()) < common.tolerance(torch.float16)
+        tiles = expected.view(-1, 16)
+        sums = torch.stack([tiles.sum(1), tiles.square().sum(1)], 1)[:, None]
+        assert common.relative_error(stream.sums, sums) < 2 * common.tolerance(torch.float16)
+        for buffer in scratch:
+            assert buffer[: canary.MARGIN].isnan().all() and buffer[-canary.MARGIN :].isnan().all()
 
 
 def test_attention_to_one_token_alone():

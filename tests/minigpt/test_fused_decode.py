@@ -112,7 +112,7 @@ def test_one_object_for_batches_and_caches_of_any_size():
         state = read(model, twin, lengths, room)
         check_steps(step, twin, state, n_steps=2)
         length = state[2].k[0].shape[2]
-        assert step.parts[len(state[0]), length].tops.shape[2] == next_power_of_2(-(-length // BLOCK_L))
+        assert step.parts[len(state[0]), length].logs.shape[2] == next_power_of_2(-(-length // BLOCK_L))
 
 
 def test_up_to_the_last_position():
