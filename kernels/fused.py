@@ -99,9 +99,9 @@ def attend_and_add(
     stream: Stream,
     gamma: Tensor,
 ) -> None:
-    """`attend`, then `add_matmul`; of one token, the latter joins what the former's programs found."""
+    """`attend`, then `add_matmul`; of a single sequence, the latter joins the parts that the former leaves."""
     batch_size, _, splits, _ = parts.outs.shape
-    if qkv.is_cuda and batch_size == 1 and splits <= MOST_SPLITS and k.shape[3] == BLOCK:
+    if qkv.is_cuda and batch_size == 1 and 1 < splits <= MOST_SPLITS and k.shape[3] == BLOCK:
         _lesson("k19_attention").attend_in_parts(qkv, k, v, positions, parts)
         _lesson("k18_fused_layers").add_joined(parts, positions, weight, bias, stream, gamma)
     else:

@@ -39,8 +39,8 @@ GPT-2's mean is a fraction of it.
   Tried and failed (results/attempts.json): lesson 10's loop with the same ends. A step of GPT-2 124M took 226
 microseconds, with lesson 17's 165; of XL 1,595 and 863.
 
-NEXT. Of a block's kernels one is left that is not a matmul: attention (lesson 19). EXERCISE. RMSNorm has no mean and no
-beta. What of `normalise` is left, and what of `sums`?
+NEXT. Of a block's kernels one is left that is not a matmul: attention (lesson 19), whose parts this kernel joins as it
+loads x (SPLITS). EXERCISE. RMSNorm has no mean and no beta. What of `normalise` is left, and what of `sums`?
 """
 
 import math
@@ -71,9 +71,9 @@ from kernels.stream import BLOCK_L, FoldedNorm, Parts, Stream, fold_norm, gelu_r
 
 @gluon.jit
 def fused_kernel(
-    x_ptr,  # fp16 [M, K]; JOIN: [K/64, SPLITS, 64]
-    logs_ptr,  # JOIN: fp32 [K/64, SPLITS]
-    positions_ptr,  # JOIN: int64 [1]
+    x_ptr,  # fp16 [M, K]; SPLITS > 0: [K/64, SPLITS, 64]
+    logs_ptr,  # SPLITS > 0: fp32 [K/64, SPLITS]
+    positions_ptr,  # SPLITS > 0: int64 [1]
     codes_ptr,  # int16 [N/16, blocks, 16, 16]
     scale_zeros_ptr,  # int32 [groups, N]
     bias_ptr,  # fp16 or fp32 [N]
@@ -232,7 +232,7 @@ def add_matmul(x: Tensor, weight: PreparedWeight, bias: Tensor, stream: Stream, 
 def add_joined(
     parts: Parts, positions: Tensor, weight: PreparedWeight, bias: Tensor, stream: Stream, gamma: Tensor
 ) -> None:
-    """`add_matmul` of one token's attention, whose parts each program joins as it loads x: lesson 19's exercise.
+    """`add_matmul` of one token's attention, whose parts each program joins as it loads x, see lesson 19.
 
     Args:
         parts: of one sequence, heads of 64 numbers, as `kernels.k19_attention.attend_in_parts` left them.

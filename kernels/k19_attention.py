@@ -1,4 +1,4 @@
-"""Lesson 19: attention of one token over a cache. NEW: programs along the context, and the last one to finish adds up.
+"""Lesson 19: attention of one token over a cache. NEW: programs along the context; the last or the next kernel adds up.
 
 Run it:  python -m kernels.k19_attention --check     (against float64; needs no GPU)
          python -m kernels.k19_attention --bench     (on a GPU)
@@ -20,9 +20,10 @@ weights exp(score - top) relative to a part's own largest score, sums join as  s
 keeps its weighted mean and, as one logarithm, log2 of its weights' sum: what softmax makes of these logarithms are the
 parts' shares.
 
-A single sequence's parts are left as they are: the projection behind, lesson 18's kernel, joins them as it loads x
-(`share_parts` in row_tiles.py). Each of its programs does so anew and reads eight parts in place of one x: 26 KB at
-1024 positions of GPT-2 XL. In return no program stores, counts and loads once more, each a trip to the L2 cache.
+A single sequence's parts, if there are several, are left as they are: the projection behind, lesson 18's kernel, joins
+them as it loads x (`share_parts` in row_tiles.py). Each of its programs does so anew and reads eight parts in place of
+one x: 26 KB at 1024 positions of GPT-2 XL. In return no program stores, counts and loads once more, each a trip to the
+L2 cache.
 
 NEW as well: all keys and values but the newest were written many kernels ago. Their loads go before `gdc_wait`, and
 are under way while the kernel ahead is still making query, key and value.
@@ -31,7 +32,7 @@ THE PRICE. Bytes: 2 * 64 * 2 a position and head; at 1024 positions 3.1 MB for 1
 As in lesson 17 there is a chain: query, scores, largest, total, sum over 128 rows, with a barrier each, 1 microsecond;
 and if parts are joined here, a store, a counter and a load, each a trip to the L2 cache: 1.5 more.
 
-MEASURED on an H200 (results/k19_attention.json: command, versions, date), microseconds, one sequence and eight:
+MEASURED on an H200 (results/k19_attention.json: command, versions, date), microseconds, parts joined here, in fp32:
 
     heads, length      12, 128     12, 512     12, 1024    25, 128     25, 512     25, 1024
     one sequence       1.9         3.0         3.4         2.0         3.3         4.5
@@ -40,6 +41,16 @@ MEASURED on an H200 (results/k19_attention.json: command, versions, date), micro
 
 torch's own takes a mask, two copies into the cache and its attention kernel, in fp16. Eight sequences of 1024 reach
 65 to 73% of the memory's pace; one is all chain, as predicted.
+  A whole step (results/attempts.json), microseconds, with parts joined here and joined by the projection:
+
+    position           124 of 128     508 of 512     1020 of 1024
+    GPT-2 124M         129  130       152  143       158  159
+    GPT-2 medium       278  278       309  287       330  319
+    GPT-2 XL           804  799       895  852       930  882
+
+Predicted for XL at 1020: 870. Joining brings what it should, a microsecond a layer; lesson 20's output layer brought 6
+microseconds in place of 10. What GPT-2 124M loses at 1020 is not understood. A single part is not left to the
+projection: in a cache of 128, at position 104, XL lost 8 microseconds by it, at 124 it won 5.
   Tried and failed (results/attempts.json). A program a head: a step of GPT-2 124M at position 1000 took 226
 microseconds, and takes 169. Programs that have nothing to do, and there are many, fetching the MLP's weights into the
 L2 cache meanwhile: a step of XL took 970 microseconds, without that 863. A step does not wait for bytes.

@@ -24,14 +24,14 @@ WHO READS WHAT. As in lesson 17, but with int8 sixteen neighbours a thread, one 
 MEASURED on an H200 (results/k20_step_ends.json: command, versions, date), LayerNorm to token, microseconds:
 
     K, M                   768, 1     768, 8     1600, 1    1600, 8
-    with the best token    19.4       24.4       36.1       45.9
-    logits only            17.3       21.3       33.7       42.7
-    torch's fp16           47.6       72.7       78.4       128
+    with the best token    14.2       21.2       24.4       38.7
+    logits only            12.3       17.5       21.5       34.5
+    torch's fp16           47.5       73.6       78.1       130
 
-Predicted: 11 and 20. It reaches half of the memory's pace; lesson 16, without tensor cores, LayerNorm and token, takes
-13.6 at (768, 1), 70% of it, and 37.9 at (1600, 1). So tensor cores are no gain for one token at 768, and why is not yet
-understood. In a whole step of GPT-2 124M the best token brought along saves 15
-microseconds of 179.
+Predicted: 11 and 20. Logits alone reach 75 and 88% of the memory's pace for one token; lesson 16, without tensor cores,
+LayerNorm and token, takes 13.6 and 37.9. The first version, a loop over two blocks a warp that fetched two past the
+end, took 19.4, 24.4, 36.1 and 45.9: now half of K is asked for before the wait and half behind it, all at once.
+  In a whole step of GPT-2 124M the best token brought along saved 15 microseconds of 179.
 
 NEXT. All of a step is there: minigpt/quantization/fused_decode.py puts it together, 63 kernels for GPT-2 124M, captured
 in a CUDA graph. Would one for all blocks be faster (lesson 21)? EXERCISE. Sampling with a temperature needs a draw from

@@ -446,10 +446,14 @@ def test_attention_left_in_parts(position):
 
 @pytest.mark.parametrize(
     ("batch_size", "length", "size", "joins"),
-    [(1, 1024, 64, True), (1, 5, 64, True), (8, 1024, 64, False), (1, 1025, 64, False), (1, 1024, 32, False)],
+    [
+        *((1, length, 64, joins) for length, joins in ((128, False), (129, True), (1024, True), (1025, False))),
+        (8, 1024, 64, False),
+        (1, 1024, 32, False),
+    ],
 )
 def test_whose_attention_the_projection_joins(monkeypatch, batch_size, length, size, joins):
-    """One token's, in at most eight parts, with heads of a block of columns."""
+    """A single sequence's, in two to eight parts, with heads of a block of columns."""
     lessons = mock.MagicMock()
     monkeypatch.setattr(fused, "_lesson", lambda _: lessons)
     parts = Parts.empty(batch_size, 2, size, length, DEVICE)
@@ -461,7 +465,7 @@ def test_whose_attention_the_projection_joins(monkeypatch, batch_size, length, s
 
 @needs_mma
 @pytest.mark.gpu
-@pytest.mark.parametrize(("heads", "length"), [(12, 1024), (16, 512), (20, 1000), (25, 1024), (3, 100), (25, 128)])
+@pytest.mark.parametrize(("heads", "length"), [(12, 1024), (16, 512), (20, 1000), (25, 1024), (3, 200), (25, 129)])
 def test_a_projection_joins_the_parts_of_attention(canary, heads, length):
     """Whatever lies in the parts that are not used."""
     c = 64 * heads
