@@ -62,23 +62,22 @@ class Rule(NamedTuple):
 
 
 # The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json, k17_few_tokens.json,
-# and for lesson 22 attempts.json): lesson 17 serves few tokens where a program can hold a row's codes in its registers;
-# lesson 22 the middle, as long as its programs are two a multiprocessor at most, and for up to 32 tokens only where
-# rows are short; what is left to lessons 9 and 12 is too little work for it, or too much, and groups that only lesson 9
-# knows. From some 400 on, where the weight is small beside the product, lesson 11 leaves the product to the vendor, who
-# has tiles of all sizes: lesson 12 is ahead only where its own happen to fill the machine. Those for any GPU take what
-# asks least of it.
+# k22_two_rings.json): lesson 17 serves few tokens where a program can hold a row's codes in its registers; lesson 22
+# the middle, as long as its programs are two a multiprocessor at most, and for up to 32 tokens only where there are
+# tiles enough. What it leaves, of up to 32 tokens lesson 9 takes, of more lesson 12, and lesson 9 the groups that only
+# it knows. From some 400 on, lesson 11 leaves the product to the vendor, who has tiles of all sizes: lesson 12 is ahead
+# only where its own happen to fill the machine. Those for any GPU take what asks least of it.
 RULES = (
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=4096),
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=8192, most_rows=4096),
     Rule("sm_90", 16, 16, 0, 64, "k17_few_tokens", most_columns=4096, most_rows=5120),
     Rule(ANY_GPU, 16, 1, 0, 16, "k10_gemv"),
-    Rule("sm_90", 16, 32, 9 * 2**24, 64, "k22_two_rings", most_columns=2048, most_outputs=2**18),
+    Rule("sm_90", 16, 32, 0, 64, "k22_two_rings", most_columns=2048, most_outputs=2**18),
+    Rule("sm_90", 16, 32, 2**28, 64, "k22_two_rings", most_outputs=2**18),
     Rule("sm_90", 16, 32, 0, 16, "k09_split_k"),
-    Rule("sm_90", 16, 512, 2**27, 64, "k22_two_rings", most_outputs=2**21, most_work=2**33),
+    Rule("sm_90", 16, ANY_NUMBER, 0, 64, "k22_two_rings", most_outputs=2**21, most_work=2**33),
     Rule("sm_90", 16, 80, 0, 16, "k09_split_k"),
-    Rule("sm_90", 16, 384, 3 * 2**29, 64, "k12_hopper"),
-    Rule("sm_90", 16, 384, 0, 64, "k09_split_k"),
+    Rule("sm_90", 16, 384, 0, 64, "k12_hopper"),
     Rule("sm_90", 16, 1024, 0, 64, "k12_hopper", least_fill=0.75),
     Rule("sm_90", 16, 4095, 0, 64, "k12_hopper", least_fill=0.9),
     Rule(ANY_GPU, 16, 256, 0, 16, "k09_split_k"),

@@ -9,68 +9,76 @@ ended. Lesson 17 was made for a handful, and asks for the whole weight before it
 
     tiles       64 rows of out^T by 16 to 128 tokens: for most layers 64 to 256 programs
     two rings   in shared memory, filled by the copy engine (TMA): one for x, as in lesson 12; one for the codes and
-                scales, 16 to 32 blocks of 64 columns deep, which the producer warp fills before it waits (`gdc_wait`)
-    registers   hold a block of the weight and its operands, no more: where tiles are many, two programs fit
+                scales, 6 to 48 blocks of 64 columns deep, which the producer warp fills before it waits (`gdc_wait`)
+    registers   hold a step of the weight and its operands, no more: where tiles are many, two programs fit
 
     kernel ahead   ...........................|
-    producer       |codes 0|1|2| ... |31|     |x0|x1|x2| ... x7|   |x8, codes 32| ...
+    producer       |codes 0|1|2| ... |7|      |x0|x1|x2|x3|   |x4, codes 8| ...
     warpgroup                                    |deq 0|deq 1| ...
     tensor cores                                       | wgmma 0 | wgmma 1 | ...
 
 so that the next kernel's programs move in while this one computes, and have their weight when it ends.
 
-One barrier fewer than one would think: whoever is done with a stage of x is done with that block's codes, so the
+One barrier fewer than one would think: whoever is done with a stage of x is done with that step's codes, so the
 producer that waits for the one may refill the other.
 
 THE PRICE. 8192 x 2048, 128 tokens: 128 programs, 64 x 128 x 2048 products each, 8192 clocks of a multiprocessor's
 tensor cores, 4.7 microseconds. Each program reads all of x, 0.5 MB, from the L2 cache: 64 MB together, 8 to 11
 microseconds at 6 to 8 TB/s. So 9 or 10, where lesson 12 takes 14.8 and fp16 11.4.
+  With few tokens there is another price. A step is a chain: wait for the barriers, fetch the codes from shared memory,
+make operands of them, start the products. A block of 64 columns at a time takes 400 to 500 clocks however few tokens
+there are, and 8192 columns are 128 of them. So a step has 4 blocks with up to 32 tokens and 2 with 64: the machine code
+has 84 instructions a block in place of 100, a quarter of the barriers, and 110 clocks.
 
 WHO READS WHAT. A block of a row tile is 512 bytes in one piece (kernels.prepared), a program's 64 rows are four of
-them:
+them, and one order to the copy engine brings all that a step reads, as a box of three dimensions:
 
-    codes    int16 [4, 256] = [64, 16]     as the left operand of lesson 12, by one ldmatrix of four matrices a warp
-    scales   int32 [64]                    each thread two: of rows r and r + 8
+    x        [WIDE, tokens, 64] of [K/64, M, 64]           as wgmma reads it, swizzled
+    codes    int16 [WIDE, 4, 256] of [K/64, N/16, 256]     a block is [64, 16], the left operand of lesson 12: by one
+                                                           ldmatrix of four matrices a warp
+    scales   int32 [its groups, 64] of [groups, N]         each thread two: of rows r and r + 8
 
 Blocks past the end of K, and rows past the end of N, read as zeros: the copy engine's doing. They add zeros.
 
 Where a multiprocessor has a single program with few tokens, one warpgroup is too slow: it waits for its own loads. Two
-share K then, a block each in turn, and the second one's sums go through shared memory to the first. Where K is long and
-there are few tiles, programs share K as in lesson 12, and `parts.py` adds up.
+share K then, a step each in turn, and the second one's sums go through shared memory to the first. (Each ring has an
+even number of steps for them. In an odd one a slot would change hands, and whoever never waited for the other's
+delivery would take its barrier's parity for that of its own.) Where K is long and there are few tiles, programs share K
+as in lesson 12, and `parts.py` adds up.
 
-MEASURED on an H200, group size 128 (results/attempts.json), microseconds (times fp16), the best of the lessons before
-under it. The producer then still divided once for a block that it fetched after `gdc_wait`, and outputs went through
-shared memory twice; without that no time has been taken yet.
+MEASURED on an H200 (results/k22_two_rings.json: command, versions, date; group size 128), microseconds (times fp16):
 
-    N x K        512x2048     2048x2048    8192x2048    2048x8192    8192x8192
-    M = 16          -            -          5.8 (1.83)     -            -
-                                            8.3
-    M = 64          -          6.1 (0.99)   8.3 (1.35)  11.2 (1.23)     -
-                               6.6         13.1         12.3
-    M = 128      4.8 (1.17)    6.0 (1.07)   9.8 (1.17)  12.5 (1.22)  34.5 (1.09)
-                 5.1           9.3         14.8         19.7         40.6
-    M = 256         -          7.6 (0.84)  16.3 (0.90)     -            -
-                              12.9         17.4
-    M = 512      5.8 (1.05)    9.2 (0.96)      -        31.3 (0.99)     -
-                11.2          14.1                      38.8
+    N x K           512x2048     2048x2048     8192x2048     2048x8192     8192x8192
+    M = 16        3.6 (1.61)    3.7 (1.63)    5.7 (1.86)    7.7 (1.75)   15.5 (2.18)
+    M = 32        3.6 (1.64)    3.9 (1.59)    6.7 (1.62)    8.8 (1.58)   17.4 (1.97)
+    M = 64        3.6 (1.63)    4.3 (1.48)    6.8 (1.79)    9.4 (1.50)   21.2 (1.69)
+    M = 128       3.8 (1.56)    5.4 (1.24)    9.0 (1.26)   13.4 (1.17)   31.9 (1.18)
+    M = 256       4.2 (1.44)    6.2 (1.09)   14.8 (0.98)   18.1 (1.14)   59.4 (0.84)
+    M = 512       5.3 (1.21)    8.8 (1.04)   28.5 (0.90)   29.7 (0.96)  119.2 (0.77)
 
+The best of the lessons before took, with 128 tokens, 5.1, 9.3, 14.8, 19.7 and 40.6; with 16, 19.4 of 8192 x 8192.
+
+Steps of one block took 20.8 microseconds for 16 tokens of 8192 x 8192, 9.4 of 2048 x 8192 and 5.8 of 8192 x 2048; for
+longer ones 11.5, 6.0 and 4.2 were predicted. So the chain was a third of it, where rows are long. What is left is no
+lack of bytes: a kernel that only reads 34 MB, cold, takes 8.0 microseconds (4.2 TB/s, results/attempts.json). But 67
+million weights, at 84 instructions for 16 rows of a block, take the schedulers of all multiprocessors 5.9. Lesson 17
+needs 86, and ends at 15 microseconds, too. To do both at once, rather than one after the other, is what is left.
   A surprise: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer of them from the L2 cache than
 64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2 microseconds where those took 9.8. Nor is the
 number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64 tokens took 6.0, 128 with 32 tokens 6.5.
-  Where it fails: long rows and few tokens. 8192 x 8192 took 25.6 microseconds for one token as for eight, predicted
-were 11.5; lesson 10 takes 15.5 for one. 16 tokens took 26.1 with two warpgroups, 20.4 with two programs a
-multiprocessor; lesson 9 takes 22.3. The bytes alone would take 8.5. Probably a warpgroup's step is a chain of its own,
-400 to 600 clocks of barriers, ldmatrix, dequantizing and a product, however few tokens; lesson 10 has many more warps.
-  Tried and failed (results/attempts.json), 8192 x 2048. Each program starting elsewhere along K, so that not all ask
-for the same tile of x at once: 10.9 for 9.8, though a division more a block is part of that. Deeper rings and one
-program a multiprocessor: 8.8 for 5.8 at 16 tokens. 128 rows a program: 11.2 and 7.4. 256 rows: 18.3 at 128 tokens.
-  A trap: if the loop might have no step, the assembler may find accumulators that no product has written, and puts a
-wait behind every product (its message C7515). Hence the `assume`. The same where registers are moved from the producer
-to two partitions (C7512): there, nobody's are moved.
+  Tried and failed (results/attempts.json). The next step's codes in registers before the wait: 5.3 for 5.8 at
+8192 x 2048 and 16 tokens, but 16.9 for 15.3 at 8192 x 8192. With one block a step, 8192 x 2048: each program starting
+elsewhere along K, so that not all ask for the same tile of x at once: 10.9 for 9.8, though a division more a block is
+part of that; deeper rings and one program a multiprocessor: 8.8 for 5.8 at 16 tokens; 128 rows a program: 11.2 and 7.4;
+256 rows: 18.3 at 128 tokens.
+  Three traps. If the loop might have no step, the assembler may find accumulators that no product has written, and puts
+a wait behind every product (its message C7515). Hence the `assume`. The same where registers go from the producer to
+two partitions (C7512): there, nobody's are moved. And each barrier's initialization is followed by a wait for the
+whole block: rings of 8 and 32 steps had 48 of them, half a microsecond before the first order.
 
 NEXT. Two programs of a cluster that share x's tiles ("multicast") would halve what comes from the L2 cache: Triton 3.6
-has no word for it, 3.7 has. EXERCISE. Let a step be two blocks: half the barriers, twice the independent work in a
-chain. Say first which of the times above should fall, and which should not.
+has no word for it, 3.7 has. EXERCISE. Of the 84 instructions, 16 take the zeros away. Let the codes be 1024 + code in
+the product, and subtract 1024 + zero times the sum of x from the result. How many digits does that cost, and whose?
 """
 
 import functools
@@ -98,20 +106,43 @@ from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
 from kernels.row_tiles import unpack
 
 ROWS = gl.constexpr(64)  # outputs a program: what one warpgroup's wgmma makes
-UNROLL = gl.constexpr(2)  # steps of a warpgroup, as two products are under way: the registers of one, then of the other
-# Warpgroups that share K, and tokens a program -> blocks in the ring of x and in the weight's.
+# Warpgroups that share K, and tokens a program -> blocks of a step, and steps in the ring of x and in the weight's.
 RINGS = {
-    (2, 16): (8, 32),
-    (2, 32): (8, 24),
-    (2, 64): (8, 32),
-    (1, 16): (8, 20),
-    (1, 32): (6, 18),
-    (1, 64): (6, 20),
-    (1, 128): (4, 16),
+    (2, 16): (4, 4, 8),
+    (2, 32): (4, 6, 12),
+    (2, 64): (2, 6, 16),
+    (1, 16): (4, 3, 5),
+    (1, 32): (2, 4, 8),
+    (1, 64): (2, 4, 8),
+    (1, 128): (1, 6, 6),
 }
 FEWEST_PROGRAMS = {128: 100, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
 
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
+
+
+@gluon.constexpr_function
+def unroll_of(wide):
+    """Steps in the loop's body: two products are under way, the registers of one, then of the other."""
+    return 2 if wide == 1 else 1
+
+
+@gluon.constexpr_function
+def groups_of(wide, group_size):
+    """Groups that a step of `wide` blocks reads."""
+    return max(1, wide * 64 // group_size)
+
+
+@gluon.constexpr_function
+def plane_of(height, dtype):
+    """How wgmma wants a block of x, [height, 64], to lie in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([height, 64], dtype)
+
+
+@gluon.constexpr_function
+def plain_plane(bits):
+    """Rows of numbers of so many bits, in order."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
 
 
 @gluon.jit
@@ -128,11 +159,11 @@ def dequantize(half_words, words, DTYPE: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def fetch_weight(codes_desc, words_desc, weight_ring, tile, step, block, GROUP_SIZE: gl.constexpr):
-    """Asks the copy engine for a block of 64 columns of the program's rows: its codes and its scale_zeros."""
+    """Asks the copy engine for a step's blocks of the program's rows, from `block` on: codes and scale_zeros."""
     codes, words, full = weight_ring
     slot = step % codes.shape[0]
     mbarrier.expect(full.index(slot), codes_desc.block_type.nbytes + words_desc.block_type.nbytes)
-    load_tile(codes_desc, [tile * (ROWS // 16), block * 256], full.index(slot), codes.index(slot))
+    load_tile(codes_desc, [block, tile * (ROWS // 16), 0], full.index(slot), codes.index(slot))
     load_tile(words_desc, [block * 64 // GROUP_SIZE, tile * ROWS], full.index(slot), words.index(slot))
 
 
@@ -141,21 +172,22 @@ def producer(x_desc, codes_desc, words_desc, x_ring, weight_ring, row, tile, fir
     """One warp, which keeps both rings full."""
     x_tiles, full, empty = x_ring
     STAGES: gl.constexpr = x_tiles.shape[0]
+    WIDE: gl.constexpr = x_tiles.shape[1]
     SLOTS: gl.constexpr = weight_ring[0].shape[0]
     # NEW: the weight is no other kernel's work. As much of it as there is room for is on its way before the wait.
     for step in range(gl.minimum(steps, SLOTS)):
-        fetch_weight(codes_desc, words_desc, weight_ring, tile, step, first + step, GROUP_SIZE)
+        fetch_weight(codes_desc, words_desc, weight_ring, tile, step, (first + step) * WIDE, GROUP_SIZE)
     gdc_wait()
     gdc_launch_dependents()
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
         mbarrier.expect(full.index(stage), x_desc.block_type.nbytes)
-        load_tile(x_desc, [row, (first + step) * 64], full.index(stage), x_tiles.index(stage))
+        load_tile(x_desc, [(first + step) * WIDE, row, 0], full.index(stage), x_tiles.index(stage))
         # NEW: the stage is empty, so step - STAGES is done with its slot, too.
         ahead = step - STAGES + SLOTS
         if (ahead >= SLOTS) & (ahead < steps):
-            fetch_weight(codes_desc, words_desc, weight_ring, tile, ahead, first + ahead, GROUP_SIZE)
+            fetch_weight(codes_desc, words_desc, weight_ring, tile, ahead, (first + ahead) * WIDE, GROUP_SIZE)
 
 
 @gluon.jit
@@ -164,8 +196,15 @@ def multiply(x_ring, weight_ring, share, steps, SHARES: gl.constexpr):
     x_tiles, x_full, x_empty = x_ring
     codes, words, weight_full = weight_ring
     STAGES: gl.constexpr = x_tiles.shape[0]
-    BLOCK_M: gl.constexpr = x_tiles.shape[1]
+    WIDE: gl.constexpr = x_tiles.shape[1]
+    BLOCK_M: gl.constexpr = x_tiles.shape[2]
     SLOTS: gl.constexpr = codes.shape[0]
+    GROUPS: gl.constexpr = words.shape[1]
+    UNROLL: gl.constexpr = unroll_of(WIDE)
+    # One block after another, as the products want them: the same bytes.
+    x_blocks = x_tiles._reinterpret(x_tiles.dtype, [STAGES * WIDE, BLOCK_M, 64], plane_of(BLOCK_M, x_tiles.dtype))
+    code_blocks = codes._reinterpret(gl.int16, [SLOTS * WIDE, ROWS // 16, 256], plain_plane(16))
+    word_groups = words._reinterpret(gl.int32, [SLOTS * GROUPS, 1, ROWS], plain_plane(32))
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     gl.assume(steps >= SHARES * UNROLL)  # or the assembler would wait after each product: see above
@@ -175,26 +214,40 @@ def multiply(x_ring, weight_ring, share, steps, SHARES: gl.constexpr):
         for i in gl.static_range(UNROLL):
             step = start + i * SHARES
             slot = step % SLOTS
-            mbarrier.wait(weight_full.index(slot), step // SLOTS & 1)
-            half_words = codes.index(slot).reshape([ROWS, 16]).load(left)
-            scale_zeros = words.index(slot).reshape([ROWS]).load(gl.SliceLayout(1, left))
-            w = dequantize(half_words, scale_zeros, x_tiles.dtype, left)
             stage = step % STAGES
-            mbarrier.wait(x_full.index(stage), step // STAGES & 1)
-            acc = warpgroup_mma(w, x_tiles.index(stage).permute([1, 0]), acc, is_async=True)
-            acc, in_flight = warpgroup_mma_wait(1, deps=(acc, in_flight))  # the product before this one is done
-            mbarrier.arrive(x_empty.index((step + STAGES - SHARES) % STAGES), count=1, pred=step >= SHARES)
-            acc = warpgroup_mma_init(acc)
-            in_flight = w
+            mbarrier.wait(weight_full.index(slot), step // SLOTS & 1)
+            half_words = ()  # of all the step's blocks at once
+            for j in gl.static_range(WIDE):
+                half_words += (code_blocks.index(slot * WIDE + j).reshape([ROWS, 16]).load(left),)
+            scale_zeros = ()
+            for group in gl.static_range(GROUPS):
+                of_group = word_groups.index(slot * GROUPS + group).reshape([ROWS])
+                scale_zeros += (of_group.load(gl.SliceLayout(1, left)),)
+            for j in gl.static_range(WIDE):
+                w = dequantize(half_words[j], scale_zeros[j * GROUPS // WIDE], x_tiles.dtype, left)
+                if j == 0:
+                    mbarrier.wait(x_full.index(stage), step // STAGES & 1)
+                acc = warpgroup_mma(w, x_blocks.index(stage * WIDE + j).permute([1, 0]), acc, is_async=True)
+                acc, in_flight = warpgroup_mma_wait(1, deps=(acc, in_flight))  # the product before this one is done
+                if j == 0:
+                    before = x_empty.index((step + STAGES - SHARES) % STAGES)
+                    mbarrier.arrive(before, count=1, pred=step >= SHARES)
+                acc = warpgroup_mma_init(acc)
+                in_flight = w
     acc, in_flight = warpgroup_mma_wait(0, deps=(acc, in_flight))
     return acc
 
 
 @gluon.jit
 def store(acc, bias_ptr, out_ptr, pid_m, tile, M, N, HAS_BIAS: gl.constexpr):
-    """Writes fp32 [ROWS, BLOCK_M] + bias to out, 8 neighbours along N a thread: 16 bytes."""
+    """Writes fp32 [ROWS, BLOCK_M] + bias to out, 8 neighbours along N a thread: 16 bytes.
+
+    A part, fp32, goes out as it lies in the registers: 8 threads have 8 neighbours, 32 bytes. To exchange them would
+    take 16 to 30 KB more of shared memory, and with 128 tokens a multiprocessor would no longer hold two programs.
+    """
     BLOCK_M: gl.constexpr = acc.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    IS_PART: gl.constexpr = out_ptr.dtype.element_ty == gl.float32
+    layout: gl.constexpr = acc.type.layout if IS_PART else gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
     offs_n = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     offs_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
     if HAS_BIAS:
@@ -241,9 +294,9 @@ def first_share(
 
 @gluon.jit
 def two_rings_kernel(
-    x_desc,  # fp16 or bf16 [M, K], read in tiles [BLOCK_M, 64]
-    codes_desc,  # int16 [N/16, blocks * 256], in tiles [ROWS / 16, 256]
-    words_desc,  # int32 [groups, N], in tiles [1, ROWS]
+    x_desc,  # fp16 or bf16 [K/64, M, 64], read in tiles [WIDE, BLOCK_M, 64]
+    codes_desc,  # int16 [blocks, N/16, 256], in tiles [WIDE, ROWS / 16, 256]
+    words_desc,  # int32 [groups, N], in tiles [groups_of(WIDE, GROUP_SIZE), ROWS]
     bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
     out_ptr,  # fp16 or bf16 [M, N]; with SPLIT_K > 1 fp32 [SPLIT_K, M, N]
     M,
@@ -257,20 +310,23 @@ def two_rings_kernel(
     SLOTS: gl.constexpr,  # of the weight's ring: at least STAGES
 ):
     """Makes a part of a tile [BLOCK_M, ROWS] of x @ w^T + bias."""
-    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    WIDE: gl.constexpr = x_desc.block_type.shape[0]
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[1]
+    GROUPS: gl.constexpr = groups_of(WIDE, GROUP_SIZE)
     tile = gl.program_id(0)
     pid_m = gl.program_id(1)
     part = gl.program_id(2)
 
     # Whole rounds of steps; those past the end of K multiply zeros.
-    ROUND: gl.constexpr = SHARES * UNROLL
-    most = gl.cdiv(blocks, SPLIT_K * ROUND) * ROUND
+    ROUND: gl.constexpr = SHARES * unroll_of(WIDE)
+    all_steps = gl.cdiv(blocks, WIDE)
+    most = gl.cdiv(all_steps, SPLIT_K * ROUND) * ROUND
     first = part * most
-    steps = gl.maximum(gl.minimum(gl.cdiv(blocks - first, ROUND) * ROUND, most), ROUND)
+    steps = gl.maximum(gl.minimum(gl.cdiv(all_steps - first, ROUND) * ROUND, most), ROUND)
 
-    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, BLOCK_M, 64], x_desc.layout)
-    codes = gl.allocate_shared_memory(gl.int16, [SLOTS, ROWS // 16, 256], codes_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [SLOTS, 1, ROWS], words_desc.layout)
+    x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, WIDE, BLOCK_M, 64], x_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int16, [SLOTS, WIDE, ROWS // 16, 256], codes_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [SLOTS, GROUPS, ROWS], words_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     weight_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -324,20 +380,23 @@ def two_rings_kernel(
         )
 
 
-def launch_options(m: int, n: int, k: int) -> dict[str, int]:
+def launch_options(m: int, n: int, k: int, group_size: int) -> dict[str, int]:
     """The tallest tiles that still make enough programs for the machine, and who shares K."""
     height = min(128, max(16, triton.next_power_of_2(m)))
     while True:
         tiles = triton.cdiv(n, ROWS.value) * triton.cdiv(m, height)
-        # A part is 2048 columns long or longer; 4096 are as many as one program should walk alone.
-        split = max(triton.cdiv(128, tiles), k // 4096)
+        # A part is 2048 columns long or longer; with 128 tokens 4096 are as many as one warpgroup should walk alone.
+        split = max(triton.cdiv(128, tiles), k // 4096 if height == 128 else 1)
         split = 2 ** (max(1, min(split, k // 2048)).bit_length() - 1)
-        if tiles * split >= FEWEST_PROGRAMS[height]:
+        if (tiles if height == 128 else tiles * split) >= FEWEST_PROGRAMS[height]:
             break
         height //= 2
-    shares = 2 if tiles * split * height <= 4096 else 1
-    stages, slots = RINGS[shares, height]
-    options = {"BLOCK_M": height, "SPLIT_K": split, "SHARES": shares, "STAGES": stages, "SLOTS": slots}
+    # Two share K where one could not hide its loads: with little to multiply, or a long way to go.
+    shares = 2 if tiles * split * height <= (8192 if k // split >= 4096 else 4096) else 1
+    wide, stages, slots = RINGS[shares, height]
+    while wide > 1 and (wide * BLOCK) % group_size and group_size % (wide * BLOCK):  # a step would cut groups in two
+        wide, stages, slots = wide // 2, stages * 2, slots * 2
+    options = {"BLOCK_M": height, "WIDE": wide, "SPLIT_K": split, "SHARES": shares, "STAGES": stages, "SLOTS": slots}
     if shares == 1:
         options["maxnreg"] = 80 if height <= 32 else 128  # on average: 24 for the producer, for the others the rest
     return options
@@ -369,13 +428,13 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     words = weight.scale_zeros
     if n % 4:
         words = torch.nn.functional.pad(words, (0, -n % 4))  # of rows, too
-    options = launch_options(m, n, k)
-    height, split = options.pop("BLOCK_M"), options["SPLIT_K"]
+    options = launch_options(m, n, k, weight.group_size)
+    height, wide, split = options.pop("BLOCK_M"), options.pop("WIDE"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     two_rings_kernel[(triton.cdiv(n, ROWS.value), triton.cdiv(m, height), split)](
-        describe_swizzled(x_2d, (height, BLOCK)),
-        describe_plain(weight.codes.flatten(1), (ROWS.value // TILE_ROWS, 256)),
-        describe_plain(words, (1, ROWS.value)),
+        describe_swizzled(x_2d.view(m, k // BLOCK, BLOCK).permute(1, 0, 2), (wide, height, BLOCK)),
+        describe_plain(weight.codes.flatten(2).permute(1, 0, 2), (wide, ROWS.value // TILE_ROWS, 256)),
+        describe_plain(words, (groups_of(wide, weight.group_size), ROWS.value)),
         bias,
         parts,
         m,
@@ -392,26 +451,26 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     return out.view(*x.shape[:-1], n)
 
 
-def describe_swizzled(x: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
+def describe_swizzled(x: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
     """What the copy engine needs to know to read tiles of x as wgmma wants them."""
     return TensorDescriptor.from_tensor(x, list(tile), swizzled_layout(tile, x.dtype))
 
 
 @functools.cache  # to find it takes 11 microseconds
-def swizzled_layout(tile: tuple[int, int], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def swizzled_layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     """How tiles of x lie in shared memory."""
     return gl.NVMMASharedLayout.get_default_for(list(tile), gl.float16 if dtype == torch.float16 else gl.bfloat16)
 
 
-def describe_plain(tensor: Tensor, tile: tuple[int, int]) -> TensorDescriptor:
-    """What the copy engine needs to know to read tiles of a matrix and leave their bytes in order."""
-    return TensorDescriptor.from_tensor(tensor, list(tile), plain_layout(8 * tensor.element_size()))
+def describe_plain(tensor: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles and leave their bytes in order."""
+    return TensorDescriptor.from_tensor(tensor, list(tile), plain_layout(8 * tensor.element_size(), len(tile)))
 
 
 @functools.cache
-def plain_layout(bits: int) -> gl.NVMMASharedLayout:
+def plain_layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
     """Of numbers of so many bits."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=rank)
 
 
 def check() -> Iterator[common.Check]:

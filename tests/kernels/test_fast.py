@@ -187,9 +187,13 @@ def test_every_tile_height_on_hopper(canary, lesson, m, n, k):
     ("m", "n", "k", "options"),
     [
         (16, 8192, 2048, (16, 1, 2)),
+        (16, 8192, 8192, (16, 1, 2)),
+        (16, 2048, 8192, (16, 4, 2)),
         (17, 8192, 2048, (32, 1, 2)),
         (64, 2048, 8192, (64, 4, 1)),
+        (64, 8192, 8192, (64, 1, 2)),
         (128, 512, 2048, (16, 1, 2)),
+        (128, 2048, 8192, (64, 2, 2)),
         (128, 2048, 2048, (64, 1, 2)),
         (128, 8192, 8192, (128, 2, 1)),
         (512, 2048, 2048, (128, 1, 1)),
@@ -197,26 +201,46 @@ def test_every_tile_height_on_hopper(canary, lesson, m, n, k):
 )
 def test_tiles_of_two_rings(m, n, k, options):
     """Those that the lesson's measured times are of: tokens a program, programs and warpgroups that share K."""
-    chosen = k22_two_rings.launch_options(m, n, k)
+    chosen = k22_two_rings.launch_options(m, n, k, 128)
     assert (chosen["BLOCK_M"], chosen["SPLIT_K"], chosen["SHARES"]) == options
 
 
-def test_two_rings_has_options_for_every_shape():
+@pytest.mark.parametrize("group_size", [64, 128, 192, 320, 512, 1024])
+def test_two_rings_has_options_for_every_shape(group_size):
     for m in (1, 9, 16, 17, 33, 65, 129, 1000):
         for n in (1, 64, 2048, 4160, 8256, 50257):
             for k in (64, 2048, 4096, 16384):
-                chosen = k22_two_rings.launch_options(m, n, k)
+                chosen = k22_two_rings.launch_options(m, n, k, group_size)
                 assert chosen["SPLIT_K"] * 2048 <= max(k, 2048) and chosen["STAGES"] <= chosen["SLOTS"]
+                columns = 64 * chosen["WIDE"]
+                assert columns % group_size == 0 or group_size % columns == 0, "a step would cut a group"
+
+
+def test_rings_of_two_warpgroups_are_even():
+    """Else a slot would change hands, and its new reader mistake the last round's delivery for its own."""
+    for (shares, _), (_, stages, slots) in k22_two_rings.RINGS.items():
+        assert stages % shares == 0 and slots % shares == 0
 
 
 @needs_hopper
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(16, 8195, 2048), (32, 8192, 512), (32, 8256, 192), (100, 2048, 2048), (64, 2048, 8192)]
+    ("m", "n", "k", "group_size"),
+    [
+        (16, 8195, 2048, 64),
+        (16, 2048, 8192, 1024),
+        (32, 8192, 512, 64),
+        (32, 8256, 960, 320),
+        (32, 8256, 192, 64),
+        (100, 2048, 2048, 512),
+        (64, 2048, 8192, 64),
+        (128, 2048, 8192, 128),
+        (512, 2048, 8192, 128),
+    ],
 )
 @pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
-def test_two_rings_with_every_ring(canary, m, n, k, dtype):
-    x, weight, bias, expected = problem(m, n, k, 64, dtype=dtype)
+def test_two_rings_with_every_ring(canary, m, n, k, group_size, dtype):
+    x, weight, bias, expected = problem(m, n, k, group_size, dtype=dtype)
     canary.outputs.clear()
     first, second = k22_two_rings.matmul(x, weight, bias), k22_two_rings.matmul(x, weight, bias)
     canary.check()

@@ -54,7 +54,7 @@ def plain_variants(arch):
 
 
 def hopper_variants():
-    """The Gluon kernels: kernel, dtype of x's tiles, their height, other pointers, options."""
+    """The Gluon kernels: kernel, what tiles the copy engine reads (x's first), other pointers, options."""
     from kernels import k12_hopper, k15_w4a8_hopper, k22_two_rings
 
     extras = {"HAS_BIAS": True, "BLOCK_N": 128, "GROUP_M": 8}
@@ -63,36 +63,45 @@ def hopper_variants():
             pointers = {"codes_ptr": "i16", "scale_zeros_ptr": "i32", "bias_ptr": dtype}
             pointers["out_ptr"] = "fp32" if split > 1 else dtype
             options = {**extras, "GROUP_SIZE": 128, "SPLIT_K": split, "STAGES": stages, "num_warps": 8}
-            yield k12_hopper.hopper_kernel, dtype, height, pointers, options
+            yield k12_hopper.hopper_kernel, {"x_desc": (dtype, [height, 64])}, pointers, options
         for m, n, k in ((16, 8192, 2048), (128, 2048, 2048), (64, 2048, 8192), (512, 2048, 2048), (16, 50257, 768)):
-            options = {"HAS_BIAS": True, "GROUP_SIZE": 128, "num_warps": 4, **k22_two_rings.launch_options(m, n, k)}
-            pointers = {"bias_ptr": dtype, "out_ptr": "fp32" if options["SPLIT_K"] > 1 else dtype}
-            yield k22_two_rings.two_rings_kernel, dtype, options.pop("BLOCK_M"), pointers, options
+            options = {"HAS_BIAS": True, "GROUP_SIZE": 128, "num_warps": 4}
+            options |= k22_two_rings.launch_options(m, n, k, options["GROUP_SIZE"])
+            wide, split = options.pop("WIDE"), options["SPLIT_K"]
+            tiles = {
+                "x_desc": (dtype, [wide, options.pop("BLOCK_M"), 64]),
+                "codes_desc": ("i16", [wide, 4, 256]),
+                "words_desc": ("i32", [k22_two_rings.groups_of(wide, options["GROUP_SIZE"]), 64]),
+            }
+            pointers = {"bias_ptr": dtype, "out_ptr": "fp32" if split > 1 else dtype}
+            yield k22_two_rings.two_rings_kernel, tiles, pointers, options
     for height, stages in ((256, 4), (128, 8), (64, 8)):
         pointers = {"token_scales_ptr": "fp32", "codes_ptr": "i16", "ratio_zeros_ptr": "i32", "row_scales_ptr": "fp32"}
+        pointers |= {"bias_ptr": "fp16", "out_ptr": "fp16"}
         options = {**extras, "GROUP_SIZE": 64, "STAGES": stages, "num_warps": 4}
-        yield (
-            k15_w4a8_hopper.w4a8_hopper_kernel,
-            "i8",
-            height,
-            {**pointers, "bias_ptr": "fp16", "out_ptr": "fp16"},
-            options,
-        )
+        yield k15_w4a8_hopper.w4a8_hopper_kernel, {"x_desc": ("i8", [height, 64])}, pointers, options
 
 
-def compile_for_hopper(kernel, dtype, height, pointers, options):
+def tile_type(name, dtype, shape):
+    """How a kernel's signature writes a tile: x's swizzled, others in order."""
+    from triton.experimental.gluon import language as gl
+
+    element = {"fp16": gl.float16, "bf16": gl.bfloat16, "i8": gl.int8, "i16": gl.int16, "i32": gl.int32}[dtype]
+    if name == "x_desc":
+        layout = gl.NVMMASharedLayout.get_default_for(shape, element)
+    else:
+        bits = element.primitive_bitwidth
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(shape))
+    return f"tensordesc<{dtype}{shape},{layout!r}>"
+
+
+def compile_for_hopper(kernel, tiles, pointers, options):
     import triton
     from compile_kernels import machine_code, resource_usage
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    element = {"fp16": gl.float16, "bf16": gl.bfloat16, "i8": gl.int8}[dtype]
-    layout = gl.NVMMASharedLayout.get_default_for([height, 64], element)
-    types = {"x_desc": f"tensordesc<{dtype}[{height}, 64],{layout!r}>"}
-    for name, integer, tile in (("codes_desc", "i16", [4, 256]), ("words_desc", "i32", [1, 64])):
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=int(integer[1:]), rank=2)
-        types[name] = f"tensordesc<{integer}{tile},{layout!r}>"
+    types = {name: tile_type(name, *tile) for name, tile in tiles.items()}
     types |= {name: f"*{pointed}" for name, pointed in pointers.items()}
     types |= dict.fromkeys(("M", "N", "blocks"), "i32") | dict.fromkeys(options, "constexpr")
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N")}
@@ -104,8 +113,7 @@ def compile_for_hopper(kernel, dtype, height, pointers, options):
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,
-        "dtype": dtype,
-        "height": height,
+        "tiles": tiles,
         **resource_usage(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "left_in_registers": len(re.findall(r"wgmma\.mma_async[^{]*\{[^}]*\}, \{", ptx)),
