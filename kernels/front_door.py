@@ -62,11 +62,12 @@ class Rule(NamedTuple):
 
 
 # The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json, k17_few_tokens.json,
-# k22_two_rings.json): lesson 17 serves few tokens where a program can hold a row's codes in its registers; lesson 22
-# the middle, as long as its programs are two a multiprocessor at most, and for up to 32 tokens only where there are
-# tiles enough. What it leaves, of up to 32 tokens lesson 9 takes, of more lesson 12, and lesson 9 the groups that only
-# it knows. From some 400 on, lesson 11 leaves the product to the vendor, who has tiles of all sizes: lesson 12 is ahead
-# only where its own happen to fill the machine. Those for any GPU take what asks least of it.
+# k22_two_rings.json, attempts.json): lesson 17 serves few tokens where a program can hold a row's codes in its
+# registers; lesson 22 the middle, as long as its programs are two a multiprocessor at most, and for up to 32 tokens
+# only where there are tiles enough. What it leaves, of up to 32 tokens lesson 9 takes, of more lesson 12, and lesson 9
+# the groups that only it knows. From some 400 on, lesson 11 leaves the product to the vendor, who has tiles of all
+# sizes: lesson 12 is ahead only where its own happen to fill the machine. With 8-bit activations lesson 23 was ahead of
+# 13 and 15 at all shapes. Those for any GPU take what asks least of it.
 RULES = (
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=4096),
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=8192, most_rows=4096),
@@ -82,8 +83,7 @@ RULES = (
     Rule("sm_90", 16, 4095, 0, 64, "k12_hopper", least_fill=0.9),
     Rule(ANY_GPU, 16, 256, 0, 16, "k09_split_k"),
     Rule(ANY_GPU, 16, ANY_NUMBER, 0, 16, "k11_dequantize_gemm"),
-    Rule("sm_90", 8, 63, 0, 16, "k13_w4a8"),
-    Rule("sm_90", 8, ANY_NUMBER, 0, 64, "k15_w4a8_hopper"),
+    Rule("sm_90", 8, ANY_NUMBER, 0, 64, "k23_w4a8_rings"),
     Rule("sm_7", 8, ANY_NUMBER, 0, 16, REFERENCE),  # too old for lesson 13
     Rule(ANY_GPU, 8, ANY_NUMBER, 0, 16, "k13_w4a8"),
 )

@@ -33,12 +33,13 @@ counted:
 Of 8-bit arithmetic's roofline it is 75% at M = 2048 (results/matmul.json). Predicted: half of fp16's time
 and the 12 microseconds of the pass over x, 206. A fifth of what was measured is not accounted for.
   A surprise: at M = 128 half the clocks save next to nothing, as lesson 12 takes 42. And from 128 tokens on no matrix
-is so small as to take less than 12.7 microseconds (results/matmul.json), probably for the launch ahead, which reads x
-and all scales before anything is multiplied.
+is so small as to take less than 12.7 microseconds (results/matmul.json). Supposed was: for the launch ahead, which read
+x and all scales before anything was multiplied. That was not it: since it only reads x this lesson takes as long, and
+lesson 23, with the same launch ahead, 4 to 6 microseconds (results/attempts.json).
   Tried and failed: an int8 operand carried from one round of the loop to the next. The compiler takes it apart into
 bytes there, and back together: 100 instructions a step instead of 60.
 
-NEXT. Tokens by the dozen, 16 to 128, are what is left to win: `kernels.bench` shows where. EXERCISE. What would fp8
+NEXT. Tokens by the dozen, 16 to 128, and small layers are what is left to win: lesson 23. EXERCISE. What would fp8
 activations change in this file, and what would the scales of groups of 64 then cost?
 """
 
@@ -63,82 +64,11 @@ from triton.language.extra.cuda import gdc_wait
 from kernels import common
 from kernels.activations import quantize_activations
 from kernels.prepared import BLOCK, PreparedWeight, prepare
+from kernels.row_tiles import make_operand
 
 BLOCK_N = 128  # 64 outputs for each of two warpgroups
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
 TOLERANCE = 0.02  # relative error, as in lesson 13
-
-
-@gluon.jit
-def requantize(half_words, ratio, zero):
-    """Four half-words, two of each of two words -> int8 of the words' low nibbles and high nibbles (lesson 13).
-
-    half_words: int16; ratio: fp16 scale / row_scale; zero: fp16 1024 + zero; all of one shape.
-    Returns: low nibbles of the first word, high ones, low ones of the second word, high ones; int8, four in a register.
-    """
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 shifted, e0, e1, o0, o1, offset, sixteenth, magic, first_low, first_high;
-        mov.b32 sixteenth, 0x2c002c00;
-        mov.b32 magic, 0x66006600;
-        mov.b32 offset, 0x63806380;
-        sub.f16x2 offset, offset, $8;
-        shr.u32 shifted, $4, 8;
-        lop3.b32 e0, $4, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 e1, $4, 0x00f000f0, 0x64006400, 0xea;
-        lop3.b32 o0, shifted, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 o1, shifted, 0x00f000f0, 0x64006400, 0xea;
-        sub.f16x2 e0, e0, $8;
-        sub.f16x2 o0, o0, $8;
-        fma.rn.f16x2 e1, e1, sixteenth, offset;
-        fma.rn.f16x2 o1, o1, sixteenth, offset;
-        fma.rn.f16x2 e0, e0, $6, magic;
-        fma.rn.f16x2 o0, o0, $6, magic;
-        fma.rn.f16x2 e1, e1, $6, magic;
-        fma.rn.f16x2 o1, o1, $6, magic;
-        prmt.b32 first_low, e0, o0, 0x6240;
-        prmt.b32 first_high, e1, o1, 0x6240;
-        mov.b32 offset, 0x63806380;
-        sub.f16x2 offset, offset, $9;
-        shr.u32 shifted, $5, 8;
-        lop3.b32 e0, $5, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 e1, $5, 0x00f000f0, 0x64006400, 0xea;
-        lop3.b32 o0, shifted, 0x000f000f, 0x64006400, 0xea;
-        lop3.b32 o1, shifted, 0x00f000f0, 0x64006400, 0xea;
-        sub.f16x2 e0, e0, $9;
-        sub.f16x2 o0, o0, $9;
-        fma.rn.f16x2 e1, e1, sixteenth, offset;
-        fma.rn.f16x2 o1, o1, sixteenth, offset;
-        fma.rn.f16x2 e0, e0, $7, magic;
-        fma.rn.f16x2 o0, o0, $7, magic;
-        fma.rn.f16x2 e1, e1, $7, magic;
-        fma.rn.f16x2 o1, o1, $7, magic;
-        prmt.b32 $2, e0, o0, 0x6240;
-        prmt.b32 $3, e1, o1, 0x6240;
-        mov.b32 $0, first_low;
-        mov.b32 $1, first_high;
-        }""",
-        "=r,=r,=r,=r,r,r,r,r,r,r",
-        [half_words, ratio, zero],
-        dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
-        is_pure=True,
-        pack=4,
-    )
-
-
-@gluon.jit
-def make_operand(half_words, words, left16: gl.constexpr, left8: gl.constexpr):
-    """int16 [ROWS, 16] and the rows' ratio_zeros [ROWS] -> int8 [ROWS, 64] in the layout of a left operand."""
-    ROWS: gl.constexpr = half_words.shape[0]
-    ratio = (words & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True)
-    zero = (words >> 16).to(gl.int16).to(gl.float16, bitcast=True)  # 1024 + zero
-    spread = gl.zeros([ROWS, 16], gl.float16, left16)
-    a, b, c, d = requantize(half_words, gl.expand_dims(ratio, 1) + spread, gl.expand_dims(zero, 1) + spread)
-    # Names for what lies where; nothing moves. A register's four bytes bear the names of the half-words it came from:
-    # [row / 16, its upper half, row % 8, second word, c, its half-word], word's upper half, s
-    w = gl.join(gl.join(a, c), gl.join(b, d)).reshape([ROWS // 16, 2, 8, 2, 4, 2, 2, 2])
-    w = w.permute([0, 6, 2, 7, 3, 4, 1, 5]).reshape([ROWS, 64])
-    return gl.convert_layout(w, left8, assert_trivial=True)
 
 
 @gluon.jit

@@ -18,6 +18,8 @@ masks and a shift a word they are the operands of four instructions. No shared m
 A program's warps share the columns: block 64 b belongs to warp b modulo num_warps. The scale waits until the products
 of a block are summed (fp32): 4 multiplications for 32 weights, in place of 32. The zero cannot wait, as 1024 + code
 would cost the sum three digits.
+
+For lessons 15 and 23 the operands of int8 products: `make_operand`.
 """
 
 import triton
@@ -57,6 +59,78 @@ def unpack(half_word):
         is_pure=True,
         pack=2,
     )
+
+
+@gluon.jit
+def requantize(half_words, ratio, zero):
+    """Four half-words, two of each of two words -> int8 of the words' low nibbles and high nibbles (lesson 13).
+
+    half_words: int16; ratio: fp16 scale / row_scale; zero: fp16 1024 + zero; all of one shape.
+    Returns: low nibbles of the first word, high ones, low ones of the second word, high ones; int8, four in a register.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b32 shifted, e0, e1, o0, o1, offset, sixteenth, magic, first_low, first_high;
+        mov.b32 sixteenth, 0x2c002c00;
+        mov.b32 magic, 0x66006600;
+        mov.b32 offset, 0x63806380;
+        sub.f16x2 offset, offset, $8;
+        shr.u32 shifted, $4, 8;
+        lop3.b32 e0, $4, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 e1, $4, 0x00f000f0, 0x64006400, 0xea;
+        lop3.b32 o0, shifted, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 o1, shifted, 0x00f000f0, 0x64006400, 0xea;
+        sub.f16x2 e0, e0, $8;
+        sub.f16x2 o0, o0, $8;
+        fma.rn.f16x2 e1, e1, sixteenth, offset;
+        fma.rn.f16x2 o1, o1, sixteenth, offset;
+        fma.rn.f16x2 e0, e0, $6, magic;
+        fma.rn.f16x2 o0, o0, $6, magic;
+        fma.rn.f16x2 e1, e1, $6, magic;
+        fma.rn.f16x2 o1, o1, $6, magic;
+        prmt.b32 first_low, e0, o0, 0x6240;
+        prmt.b32 first_high, e1, o1, 0x6240;
+        mov.b32 offset, 0x63806380;
+        sub.f16x2 offset, offset, $9;
+        shr.u32 shifted, $5, 8;
+        lop3.b32 e0, $5, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 e1, $5, 0x00f000f0, 0x64006400, 0xea;
+        lop3.b32 o0, shifted, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 o1, shifted, 0x00f000f0, 0x64006400, 0xea;
+        sub.f16x2 e0, e0, $9;
+        sub.f16x2 o0, o0, $9;
+        fma.rn.f16x2 e1, e1, sixteenth, offset;
+        fma.rn.f16x2 o1, o1, sixteenth, offset;
+        fma.rn.f16x2 e0, e0, $7, magic;
+        fma.rn.f16x2 o0, o0, $7, magic;
+        fma.rn.f16x2 e1, e1, $7, magic;
+        fma.rn.f16x2 o1, o1, $7, magic;
+        prmt.b32 $2, e0, o0, 0x6240;
+        prmt.b32 $3, e1, o1, 0x6240;
+        mov.b32 $0, first_low;
+        mov.b32 $1, first_high;
+        }""",
+        "=r,=r,=r,=r,r,r,r,r,r,r",
+        [half_words, ratio, zero],
+        dtype=(gl.int8, gl.int8, gl.int8, gl.int8),
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def make_operand(half_words, words, left16: gl.constexpr, left8: gl.constexpr):
+    """int16 [ROWS, 16] and the rows' ratio_zeros [ROWS] -> int8 [ROWS, 64] in the layout of a left operand."""
+    ROWS: gl.constexpr = half_words.shape[0]
+    ratio = (words & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True)
+    zero = (words >> 16).to(gl.int16).to(gl.float16, bitcast=True)  # 1024 + zero
+    spread = gl.zeros([ROWS, 16], gl.float16, left16)
+    a, b, c, d = requantize(half_words, gl.expand_dims(ratio, 1) + spread, gl.expand_dims(zero, 1) + spread)
+    # Names for what lies where; nothing moves. A register's four bytes bear the names of the half-words it came from:
+    # [row / 16, its upper half, row % 8, second word, c, its half-word], word's upper half, s
+    w = gl.join(gl.join(a, c), gl.join(b, d)).reshape([ROWS // 16, 2, 8, 2, 4, 2, 2, 2])
+    w = w.permute([0, 6, 2, 7, 3, 4, 1, 5]).reshape([ROWS, 64])
+    return gl.convert_layout(w, left8, assert_trivial=True)
 
 
 @gluon.jit

@@ -95,13 +95,16 @@ IDEAS = {
     "k12_hopper": "dequantize while multiplying (Hopper)",
     "k13_w4a8": "8-bit activations",
     "k15_w4a8_hopper": "8-bit activations in k12's loop",
+    "k22_two_rings": "weight and tokens by the copy engine",
 }
+LADDER_SHAPE = (8192, 8192)
 LADDER_TOKENS = (1, 16, 128, 512, 2048)
 
 
 def rung(lesson: str) -> dict[int, dict[str, Any]]:
-    """A lesson's measurements by the number of tokens: with its default options, at its largest group size."""
-    rows = [row for row in read(lesson) if row["m"] > 0 and row.get("num_stages", "default") == "default"]
+    """A lesson's measurements of LADDER_SHAPE by tokens: with its default options, at its largest group size."""
+    rows = [row for row in read(lesson) if row["m"] > 0 and (row["n"], row["k"]) == LADDER_SHAPE]
+    rows = [row for row in rows if row.get("num_stages", "default") == "default"]
     largest = max(row.get("group_size", 0) for row in rows)
     return {row["m"]: row for row in rows if row.get("group_size", 0) == largest}
 

@@ -1,11 +1,11 @@
-"""The kernels that programs use, lessons 9, 10, 12, 13, 15 and 22, against float64; and the layout that they read."""
+"""The kernels that programs use, lessons 9, 10, 12, 13, 15, 22, 23, against float64; and the layout that they read."""
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from kernels import common, k09_split_k, k10_gemv, k12_hopper, k13_w4a8, k15_w4a8_hopper, k22_two_rings  # noqa: E402
+from kernels import common, k09_split_k, k10_gemv, k12_hopper, k13_w4a8, k15_w4a8_hopper, k22_two_rings, k23_w4a8_rings  # noqa: E402
 from kernels.activations import quantize_activations  # noqa: E402
 from kernels.k00_reference import dequantize_reference, quantize_reference  # noqa: E402
 from kernels.parts import add_up  # noqa: E402
@@ -22,7 +22,10 @@ SHAPES = [
     (1, 16, 16),
     (70, 80, 80),
 ]
-HOPPER = [pytest.param(lesson, marks=pytest.mark.gpu) for lesson in (k12_hopper, k15_w4a8_hopper, k22_two_rings)]
+HOPPER = [
+    pytest.param(lesson, marks=pytest.mark.gpu)
+    for lesson in (k12_hopper, k15_w4a8_hopper, k22_two_rings, k23_w4a8_rings)
+]
 needs_hopper = pytest.mark.skipif(not common.is_hopper(common.DEVICE), reason="needs a Hopper GPU (H100, H200)")
 
 
@@ -180,7 +183,9 @@ def test_every_tile_height_on_hopper(canary, lesson, m, n, k):
     first, second = lesson.matmul(x, weight, bias), lesson.matmul(x, weight, bias)
     canary.check()
     assert torch.equal(first, second)
-    assert common.relative_error(first, expected) < (k15_w4a8_hopper.TOLERANCE if lesson is k15_w4a8_hopper else 1e-3)
+    assert common.relative_error(first, expected) < (
+        lesson.TOLERANCE if lesson in (k15_w4a8_hopper, k23_w4a8_rings) else 1e-3
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +253,9 @@ def test_two_rings_with_every_ring(canary, m, n, k, group_size, dtype):
     assert common.relative_error(first, expected) < common.tolerance(dtype)
 
 
-@pytest.mark.parametrize("lesson", [k09_split_k, k10_gemv, k12_hopper, k13_w4a8, k15_w4a8_hopper, k22_two_rings])
+@pytest.mark.parametrize(
+    "lesson", [k09_split_k, k10_gemv, k12_hopper, k13_w4a8, k15_w4a8_hopper, k22_two_rings, k23_w4a8_rings]
+)
 def test_launchers_name_what_does_not_fit(lesson):
     x, weight, bias, _ = problem(1, 24, 128, 32)
     with pytest.raises(ValueError, match="in_features 128"):
@@ -260,7 +267,7 @@ def test_launchers_name_what_does_not_fit(lesson):
     if lesson is k10_gemv:
         with pytest.raises(ValueError, match="one token"):
             lesson.matmul(x.expand(2, 128), weight)
-    if lesson in (k12_hopper, k15_w4a8_hopper, k22_two_rings):
+    if lesson in (k12_hopper, k15_w4a8_hopper, k22_two_rings, k23_w4a8_rings):
         with pytest.raises(ValueError, match="group_size is 32"):
             lesson.matmul(x, weight)
 

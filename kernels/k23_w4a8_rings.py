@@ -1,0 +1,489 @@
+"""Lesson 23: W4A8 for few tokens and many. NEW: int8 products from two rings, for layers of every size.
+
+Run it:  python -m kernels.k23_w4a8_rings --check     (against float64; needs a Hopper GPU, H100 or H200)
+         python -m kernels.k23_w4a8_rings --bench
+
+THE IDEA. Lesson 15 has lesson 12's weakness: tiles for thousands of tokens, and codes and ratios that its warps fetch
+themselves. It never took less than 12 microseconds. Here lesson 22's machinery does lesson 13's arithmetic: a producer
+warp has the copy engine fill a ring of x8 and a ring of codes and ratios, the latter ahead of the launch before. Two
+warpgroups make operands and multiply, in one of two ways:
+
+    rows of their own    128 rows by 128 or 256 tokens: each makes 64 rows, and never minds the other
+    sharing K            64 rows by 16 to 128 tokens: each takes every second step; the first adds what the second has
+
+NEW: a step is four blocks, 256 columns. A warpgroup makes the operand of one block while the tensor cores still
+multiply the one before, so it waits for barriers a quarter as often. NEW: row scales and ratios do not depend on x.
+They are worked out once for each weight (activations.py), so the pass over x only reads x, and this kernel may fetch
+them before it waits. The scales of tokens and rows and the biases are fetched by the producer, too, while the last
+products run: nothing waits for memory after them.
+
+THE PRICE. 8192 x 8192, 512 tokens: 128 programs of 128 x 256 x 8192 products, 65,536 clocks of a multiprocessor's
+tensor cores: 37 microseconds. Each reads 2 MB of x8 and 0.5 MB of weight, from the L2 cache all but the first time:
+330 MB, 45 microseconds at 7 to 8 TB/s. Operands: 84 instructions of each scheduler for a block of 64 x 64, 168 for two
+warpgroups in 512 clocks. With 128 tokens that is 168 in 256, with 64 more instructions than clocks. The pass over x:
+2 bytes read and 1 written a number, 10 microseconds for 2048 x 8192, and never less than a launch, 1.6.
+
+WHO READS WHAT. Lesson 15's operands from lesson 22's boxes. A step in shared memory:
+
+    x8        two boxes [BLOCK_M, 128], 128 bytes a row, swizzled as wgmma wants them; a block is half a box's columns
+    codes     one box int16 [4, rows / 16, 256]: a warpgroup's 64 rows of a block lie together
+    ratios    one box int32 [groups, rows]
+
+Blocks past the end of K, rows past the end of N and tokens past the end of M read as zeros.
+
+MEASURED on an H200, group size 128, all passes counted (results/attempts.json), microseconds (times fp16); under it
+lesson 15 or, up to 64 tokens, lesson 13, both with this lesson's pass over x:
+
+    N x K        512x2048      2048x2048     8192x2048     2048x8192     8192x8192
+    M = 1        4.3 (1.26)    4.4 (1.32)    6.1 (1.83)       -         16.0 (2.48)
+                11.5          11.7          12.2                        37.2
+    M = 16       4.3 (1.26)    4.4 (1.32)    6.5 (1.68)    8.0 (1.69)   16.2 (2.17)
+                11.2          11.5          12.0          34.7          36.3
+    M = 128      4.8 (1.24)    5.9 (1.09)    9.4 (1.23)   11.8 (1.29)   20.7 (1.85)
+                12.2          12.4          13.3          37.0          39.1
+    M = 512      5.9 (1.05)    9.0 (0.99)   18.3 (1.44)   20.5 (1.46)   53.1 (1.73)
+                12.2          12.8          21.9          37.7          69.5
+    M = 2048    10.2 (0.83)   18.6 (1.31)   67.1 (1.43)   61.4 (1.44)    226 (1.60)
+                14.1          24.6          84.6          74.9           304
+
+The last cell depends on the GPU's clock rate: in two other runs it was 195 to 197, and 260 for lesson 15. Group size 64
+costs up to 3% more. Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: the large ones
+turned out better, the small ones worse. There the floor is not bytes: the product alone takes 5.2 of the first 5.9, and
+a kernel that does next to nothing 1.6.
+  A surprise: fewer bytes were slower. 256 rows x 128 tokens read a fifth less than 128 rows x 256 tokens, and took 63
+to 67 microseconds where those took 51 to 53 (8192 x 8192, 512 tokens): every operand then serves half the products.
+  A trap: rings so small that two programs fit on a multiprocessor. Probably those that the pass over x leaves first get
+two programs each, and others none: 128 tiles of 128 x 64 took 15.1 microseconds, with
+larger rings 11.2 (2048 x 2048, 512 tokens). Hence rings of more than half the shared memory, whether needed or not.
+  Tried and failed (results/attempts.json): two warpgroups as one partition of eight warps, in step with each other: 3
+to 7% slower with tiles of 256 tokens; lesson 15 was right to let each go its own way. Four warpgroups, 256 rows by 128
+tokens: 232 microseconds where the others took 195. The pass over x could let this kernel's programs in before its own
+turn has come: 0.1 to 1.0 microseconds saved where x is small, and 6 to 13 lost with 2048 x 8192 numbers, so it does
+where x is small.
+  With 256 tokens the assembler has no registers left to see a product through the loop's end: it would wait behind
+every one (its message C7512). There a step's last product is waited for; the other warpgroup has the tensor cores
+meanwhile. Without that need, not to wait gains 1 to 5%.
+
+NEXT. What is left at 512 tokens of small layers is two launches. EXERCISE. Let the product's programs quantize the
+tokens themselves: who would find a token's largest number, and how often would x be read? Say first for which of the
+shapes above it could pay.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels import common
+from kernels.activations import quantize_activations
+from kernels.parts import add_up
+from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
+from kernels.row_tiles import make_operand
+
+TOLERANCE = 0.02  # relative error, as in lesson 13
+ROWS = gl.constexpr(64)  # what a warpgroup's wgmma makes
+WIDE = gl.constexpr(4)  # blocks of a step
+# Rows and tokens of a tile -> steps in the ring of x8 and in the weight's. Largest first. Where the warpgroups share K,
+# with 64 rows, both are even: or a slot would change hands, and who never waited for the other's delivery would take
+# the parity of its barrier for that of its own.
+RINGS = {
+    (128, 256): (2, 4),
+    (128, 128): (4, 4),
+    (64, 128): (4, 6),
+    (64, 64): (4, 6),
+    (64, 32): (8, 14),
+    (64, 16): (8, 16),
+}
+ENOUGH_PROGRAMS = 100  # for 132 multiprocessors
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
+
+
+@gluon.constexpr_function
+def even(group_size):
+    """Whether steps and groups tile one another."""
+    return WIDE.value * 64 % group_size == 0 or group_size % (WIDE.value * 64) == 0
+
+
+@gluon.constexpr_function
+def groups_of(group_size):
+    """Groups that a step reads, at most."""
+    return max(1, WIDE.value * 64 // group_size) if even(group_size) else 2
+
+
+@gluon.constexpr_function
+def plain_plane(bits):
+    """Rows of numbers of so many bits, in order."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+
+
+@gluon.jit
+def fetch_weight(codes_desc, words_desc, weight_ring, tile, step, block, GROUP_SIZE: gl.constexpr):
+    """Asks the copy engine for a step's blocks of the program's rows, from `block` on: codes and ratio_zeros."""
+    codes, words, full = weight_ring
+    HEIGHT: gl.constexpr = words.shape[2]
+    slot = step % codes.shape[0]
+    mbarrier.expect(full.index(slot), codes_desc.block_type.nbytes + words_desc.block_type.nbytes)
+    load_tile(codes_desc, [block, tile * (HEIGHT // 16), 0], full.index(slot), codes.index(slot))
+    load_tile(words_desc, [block * 64 // GROUP_SIZE, tile * HEIGHT], full.index(slot), words.index(slot))
+
+
+@gluon.jit
+def fetch_factors(factors, factor_ptrs, row, tile, M, N, HAS_BIAS: gl.constexpr):
+    """The scales of the program's tokens and rows, and its biases, into shared memory."""
+    token_scales, row_scales, biases, fetched = factors
+    token_scales_ptr, row_scales_ptr, bias_ptr = factor_ptrs
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    tokens = gl.minimum(row + gl.arange(0, token_scales.shape[0], layout=layout), M - 1)
+    rows = gl.minimum(tile * row_scales.shape[0] + gl.arange(0, row_scales.shape[0], layout=layout), N - 1)
+    token_scales.store(gl.load(token_scales_ptr + tokens))
+    row_scales.store(gl.load(row_scales_ptr + rows))
+    if HAS_BIAS:
+        biases.store(gl.load(bias_ptr + rows).to(gl.float32))
+    mbarrier.arrive(fetched, count=1)
+
+
+@gluon.jit
+def producer(fetching, x_ring, weight_ring, factors, given, HAS_BIAS: gl.constexpr, GROUP_SIZE: gl.constexpr):
+    """One warp, which keeps both rings full."""
+    x_desc, codes_desc, words_desc, factor_ptrs = fetching
+    _, pid_m, tile, first, steps, M, N = given
+    row = pid_m * x_desc.block_type.shape[0]
+    x_tiles, full, empty = x_ring
+    STAGES: gl.constexpr = full.shape[0]
+    BOXES: gl.constexpr = WIDE // 2  # of x8, a step
+    SLOTS: gl.constexpr = weight_ring[0].shape[0]
+    for step in range(gl.minimum(steps, SLOTS)):
+        fetch_weight(codes_desc, words_desc, weight_ring, tile, step, (first + step) * WIDE, GROUP_SIZE)
+    gdc_wait()  # whoever has seen a tile of x8 may also write: the memory may have been another's until here
+    gdc_launch_dependents()
+    for step in range(steps):
+        stage = step % STAGES
+        mbarrier.wait(empty.index(stage), step // STAGES & 1 ^ 1)
+        mbarrier.expect(full.index(stage), BOXES * x_desc.block_type.nbytes)
+        for i in gl.static_range(BOXES):
+            column = ((first + step) * BOXES + i) * 128
+            load_tile(x_desc, [row, column], full.index(stage), x_tiles.index(stage * BOXES + i))
+        ahead = step - STAGES + SLOTS  # the stage is empty, so step - STAGES is done with its slot, too
+        if (ahead >= SLOTS) & (ahead < steps):
+            fetch_weight(codes_desc, words_desc, weight_ring, tile, ahead, (first + ahead) * WIDE, GROUP_SIZE)
+    fetch_factors(factors, factor_ptrs, row, tile, M, N, HAS_BIAS)
+
+
+@gluon.jit
+def multiply(
+    x_ring,
+    weight_ring,
+    first,
+    steps,
+    GROUP_SIZE: gl.constexpr,
+    SHARE_K: gl.constexpr,
+    WHICH: gl.constexpr,
+):
+    """w8 x8^T by a warpgroup, of its rows and all steps or, if they share K, every second step: int32 [64, BLOCK_M]."""
+    SHARES: gl.constexpr = 2 if SHARE_K else 1
+    TEAMS: gl.constexpr = 1 if SHARE_K else 2
+    TEAM: gl.constexpr = 0 if SHARE_K else WHICH
+    SHARE: gl.constexpr = WHICH if SHARE_K else 0
+    x_tiles, x_full, x_empty = x_ring
+    codes, words, weight_full = weight_ring
+    STAGES: gl.constexpr = x_full.shape[0]
+    BLOCK_M: gl.constexpr = x_tiles.shape[1]
+    SLOTS: gl.constexpr = codes.shape[0]
+    GROUPS: gl.constexpr = words.shape[1]
+    # One block after another, as the products want them: the same bytes.
+    code_blocks = codes._reinterpret(gl.int16, [SLOTS * WIDE * TEAMS, ROWS // 16, 256], plain_plane(16))
+    word_groups = words._reinterpret(gl.int32, [SLOTS * GROUPS * TEAMS, 1, ROWS], plain_plane(32))
+    WIDTH: gl.constexpr = BLOCK_M if BLOCK_M < 128 else 128  # the widest int8 product that Triton issues
+    mma16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    mma8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
+    left16: gl.constexpr = gl.DotOperandLayout(0, mma16, 2)
+    left8: gl.constexpr = gl.DotOperandLayout(0, mma8, 4)
+    LOOK_AHEAD: gl.constexpr = BLOCK_M < 256  # there are registers left to see a product through the loop's end
+    gl.assume(steps >= SHARES)  # or the assembler would wait after each product: see lesson 22
+    acc = warpgroup_mma_init(gl.zeros([ROWS, BLOCK_M], gl.int32, mma8))
+    for step in range(SHARE, steps, SHARES):
+        slot = step % SLOTS
+        stage = step % STAGES
+        mbarrier.wait(weight_full.index(slot), step // SLOTS & 1)
+        half_words = ()  # of all the step's blocks at once
+        for j in gl.static_range(WIDE):
+            of_block = code_blocks.index((slot * WIDE + j) * TEAMS + TEAM).reshape([ROWS, 16])
+            half_words += (of_block.load(left16),)
+        block = (first + step) * WIDE
+        ratio_zeros = ()
+        for j in gl.static_range(WIDE):
+            if even(GROUP_SIZE):
+                group = j * GROUPS // WIDE
+            else:  # a group may begin anywhere in the step
+                group = (block + j) * 64 // GROUP_SIZE - block * 64 // GROUP_SIZE
+            of_group = word_groups.index((slot * GROUPS + group) * TEAMS + TEAM).reshape([ROWS])
+            ratio_zeros += (of_group.load(gl.SliceLayout(1, left16)),)
+        for j in gl.static_range(WIDE):
+            w8 = make_operand(half_words[j], ratio_zeros[j], left16, left8)
+            if j == 0:
+                mbarrier.wait(x_full.index(stage), step // STAGES & 1)
+            x8 = x_tiles.index(stage * (WIDE // 2) + j // 2).slice(j % 2 * 64, 64, dim=1)
+            # The assembler keeps other hands off w8's registers until the product is waited for.
+            acc = warpgroup_mma(w8, x8.permute([1, 0]), acc, is_async=True)
+            if LOOK_AHEAD or j > 0:
+                acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))  # the product before this one is done
+            if LOOK_AHEAD and j == 0:  # and with it the step before
+                mbarrier.arrive(x_empty.index((step + STAGES - SHARES) % STAGES), count=1, pred=step >= SHARES)
+        if not LOOK_AHEAD:
+            acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(acc,)))
+            mbarrier.arrive(x_empty.index(stage), count=1)
+    return warpgroup_mma_wait(0, deps=(acc,))
+
+
+@gluon.jit
+def store(acc, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS: gl.constexpr, WHICH: gl.constexpr):
+    """Writes int32 [ROWS, BLOCK_M], scaled, + bias to out, 8 neighbours along N a thread: 16 bytes.
+
+    A part, fp32, goes out as it lies in the registers, as in lesson 22.
+    """
+    token_scales, row_scales, biases, fetched = factors
+    BLOCK_M: gl.constexpr = acc.shape[1]
+    mma: gl.constexpr = acc.type.layout
+    mbarrier.wait(fetched, 0)
+    out = acc.to(gl.float32) * token_scales.load(gl.SliceLayout(0, mma))[None, :]
+    out *= row_scales.slice(WHICH * ROWS, ROWS).load(gl.SliceLayout(1, mma))[:, None]
+    if HAS_BIAS:
+        out += biases.slice(WHICH * ROWS, ROWS).load(gl.SliceLayout(1, mma))[:, None]
+    IS_PART: gl.constexpr = out_ptr.dtype.element_ty == gl.float32
+    layout: gl.constexpr = mma if IS_PART else gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), layout)
+    offs_n = tile * row_scales.shape[0] + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    offs_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
+    out_ptrs = out_ptr + offs_m.to(gl.int64)[None, :] * N + offs_n[:, None]
+    gl.store(out_ptrs, out, mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
+
+
+@gluon.jit
+def warpgroup(
+    x_ring,
+    weight_ring,
+    handed_over,
+    factors,
+    given,
+    HAS_BIAS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    SHARE_K: gl.constexpr,
+    WHICH: gl.constexpr,
+):
+    """One of two: multiplies, and writes what is its own; if they share K, the first adds what the second has."""
+    out_ptr, pid_m, tile, first, steps, M, N = given
+    acc = multiply(x_ring, weight_ring, first, steps, GROUP_SIZE, SHARE_K, WHICH)
+    if SHARE_K:
+        sums, summed = handed_over
+        if WHICH == 1:
+            sums.store(acc)
+            mbarrier.arrive(summed, count=1)
+        else:
+            mbarrier.wait(summed, 0)
+            acc += sums.load(acc.type.layout)
+            store(acc, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS, 0)
+    else:
+        store(acc, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS, WHICH)
+
+
+@gluon.jit
+def w4a8_rings_kernel(
+    x_desc,  # int8 [M, 64 * blocks], read in tiles [BLOCK_M, 128]; what lies outside reads as 0
+    codes_desc,  # int16 [blocks, N/16, 256], in tiles [WIDE, HEIGHT / 16, 256]
+    words_desc,  # int32 [groups, N], in tiles [groups_of(GROUP_SIZE), HEIGHT]: ratio_zeros
+    token_scales_ptr,  # fp32 [M]
+    row_scales_ptr,  # fp32 [N]
+    bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
+    out_ptr,  # fp16 or bf16 [M, N]; with SPLIT_K > 1 fp32 [SPLIT_K, M, N]
+    M,
+    N,
+    blocks,
+    HAS_BIAS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,  # a multiple of 64
+    SPLIT_K: gl.constexpr,
+    STAGES: gl.constexpr,  # of the ring of x
+    SLOTS: gl.constexpr,  # of the weight's ring: at least STAGES
+):
+    """Makes a part of a tile [BLOCK_M, HEIGHT] of x @ w^T + bias."""
+    BLOCK_M: gl.constexpr = x_desc.block_type.shape[0]
+    HEIGHT: gl.constexpr = words_desc.block_type.shape[1]
+    SHARE_K: gl.constexpr = HEIGHT == ROWS
+    SHARES: gl.constexpr = 2 if SHARE_K else 1
+    GROUPS: gl.constexpr = groups_of(GROUP_SIZE)
+    tile = gl.program_id(0)
+    pid_m = gl.program_id(1)
+    part = gl.program_id(2)
+
+    # Whole rounds of steps; those past the end of K multiply zeros.
+    all_steps = gl.cdiv(blocks, WIDE)
+    most = gl.cdiv(all_steps, SPLIT_K * SHARES) * SHARES
+    first = part * most
+    steps = gl.maximum(gl.minimum(gl.cdiv(all_steps - first, SHARES) * SHARES, most), SHARES)
+
+    x_tiles = gl.allocate_shared_memory(gl.int8, [STAGES * WIDE // 2, BLOCK_M, 128], x_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int16, [SLOTS, WIDE, HEIGHT // 16, 256], codes_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [SLOTS, GROUPS, HEIGHT], words_desc.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weight_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(x_full.index(stage), count=1)
+        mbarrier.init(x_empty.index(stage), count=1 if SHARE_K else 2)
+    for slot in gl.static_range(SLOTS):
+        mbarrier.init(weight_full.index(slot), count=1)
+    handed_over = ()
+    if SHARE_K:
+        summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(summed, count=1)
+        sums = gl.allocate_shared_memory(gl.int32, [ROWS, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        handed_over = (sums, summed)
+    fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(fetched, count=1)
+    fence_async_shared()  # the copy engine must see the barriers
+
+    x_ring = (x_tiles, x_full, x_empty)
+    weight_ring = (codes, words, weight_full)
+    vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    factors = (
+        gl.allocate_shared_memory(gl.float32, [BLOCK_M], vector),
+        gl.allocate_shared_memory(gl.float32, [HEIGHT], vector),
+        gl.allocate_shared_memory(gl.float32, [HEIGHT], vector),
+        fetched,
+    )
+    given = (out_ptr + part.to(gl.int64) * M * N, pid_m, tile, first, steps, M, N)
+    fetching = (x_desc, codes_desc, words_desc, (token_scales_ptr, row_scales_ptr, bias_ptr))
+    # The accumulators of 256 tokens take 128 registers a thread. The producer leaves the warpgroups all but 24 of its
+    # own then; else everyone keeps what they began with, as no one can have 256.
+    FULL: gl.constexpr = BLOCK_M == 256
+    gl.warp_specialize(
+        [
+            (warpgroup, (x_ring, weight_ring, handed_over, factors, given, HAS_BIAS, GROUP_SIZE, SHARE_K, 0)),
+            (warpgroup, (x_ring, weight_ring, handed_over, factors, given, HAS_BIAS, GROUP_SIZE, SHARE_K, 1)),
+            (producer, (fetching, x_ring, weight_ring, factors, given, HAS_BIAS, GROUP_SIZE)),
+        ],
+        [4, 1],  # warps of the last two, and their registers
+        [224 if FULL else 256, 24 if FULL else 256],
+    )
+
+
+def launch_options(m: int, n: int, k: int) -> dict[str, int]:
+    """The largest tiles, no more than half of them empty, that still make enough programs for the machine."""
+    for rows, tokens in RINGS:
+        tiles = triton.cdiv(n, rows) * triton.cdiv(m, tokens)
+        split = 1
+        # Programs share K where tokens are few. A part is 2048 columns long or longer.
+        while tokens <= 64 and tiles * split < ENOUGH_PROGRAMS and 2 * split * 2048 <= k:
+            split *= 2
+        if tokens < 2 * m and tiles * split >= ENOUGH_PROGRAMS:
+            break
+    stages, slots = RINGS[rows, tokens]
+    return {"ROWS": rows, "BLOCK_M": tokens, "SPLIT_K": split, "STAGES": stages, "SLOTS": slots}
+
+
+def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
+    """x @ w^T + bias with an int4 weight and int8 activations, summed exactly in int32; the same bits every time.
+
+    Args:
+        x: float16 or bfloat16 [..., K], on a Hopper GPU; quantized to int8 on the way, a scale a token.
+        weight: of [N, K]; group size a multiple of 64. Its scales must not be changed in place afterwards.
+        bias: floating [N].
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: naming the shape, dtype, group size or device that does not fit.
+    """
+    n, k = weight.out_features, weight.in_features
+    common.check_operands(x, weight, bias)
+    common.check_group_size(weight, BLOCK)
+    common.check_hopper(x)
+    x_2d = x.reshape(-1, k).contiguous()
+    m = x_2d.shape[0]
+    out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if m == 0:
+        return out.view(*x.shape[:-1], n)
+    x8, token_scales, ratio_zeros, row_scales = quantize_activations(x_2d, weight)
+    if n % 4:
+        ratio_zeros = torch.nn.functional.pad(ratio_zeros, (0, -n % 4))  # the copy engine wants 16-byte boundaries
+    options = launch_options(m, n, k)
+    rows, tokens, split = options.pop("ROWS"), options.pop("BLOCK_M"), options["SPLIT_K"]
+    parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
+    w4a8_rings_kernel[(triton.cdiv(n, rows), triton.cdiv(m, tokens), split)](
+        TensorDescriptor.from_tensor(x8, [tokens, 128], x_layout(tokens)),
+        describe_plain(weight.codes.flatten(2).permute(1, 0, 2), [WIDE.value, rows // TILE_ROWS, 256]),
+        describe_plain(ratio_zeros, [groups_of(weight.group_size), rows]),
+        token_scales,
+        row_scales,
+        bias,
+        parts,
+        m,
+        n,
+        weight.blocks,
+        HAS_BIAS=bias is not None and split == 1,
+        GROUP_SIZE=weight.group_size,
+        num_warps=4,
+        launch_pdl=True,
+        **options,
+    )
+    if split > 1:
+        add_up(parts, bias, out)
+    return out.view(*x.shape[:-1], n)
+
+
+@functools.cache  # to find it takes 11 microseconds
+def x_layout(tokens: int) -> gl.NVMMASharedLayout:
+    """How tiles [tokens, 128] of x8 lie in shared memory, as wgmma wants them."""
+    return gl.NVMMASharedLayout.get_default_for([tokens, 128], gl.int8)
+
+
+def describe_plain(tensor: Tensor, tile: list[int]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles of a tensor and leave their bytes in order."""
+    return TensorDescriptor.from_tensor(tensor, tile, plain_layout(8 * tensor.element_size(), len(tile)))
+
+
+@functools.cache
+def plain_layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
+    """Of numbers of so many bits, in order."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=rank)
+
+
+def check() -> Iterator[common.Check]:
+    """The kernel's product against float64, where there is a Hopper GPU."""
+    if not common.is_hopper(common.DEVICE):
+        yield "wgmma needs a Hopper GPU (H100, H200), and this machine has none", None
+        return
+    shapes = [
+        (1, 40, 512, 64),
+        (130, 200, 1600, 320),
+        (70, 2048, 8192, 128),
+        (300, 4096, 4096, 128),
+        (513, 1000, 2048, 64),
+    ]
+    yield from common.check_matmul(matmul, prepare, shapes, TOLERANCE)
+
+
+SHAPES = ((512, 2048), (2048, 2048), (8192, 2048), (2048, 8192), (8192, 8192))  # N, K
+
+
+def bench() -> list[common.Row]:
+    """Times five layers, 1 to 2048 tokens, beside torch's own fp16 matmul."""
+    return common.bench_layers(matmul, prepare, SHAPES, (1, 16, 64, 128, 256, 512, 1024, 2048), 128)
+
+
+if __name__ == "__main__":
+    common.run_lesson(check, bench)

@@ -1,0 +1,179 @@
+"""Lesson 23: its tiles against float64 and lesson 15, what they compile to, and the row scales that are remembered.
+
+This file runs itself as a program of its own, because the interpreter, in which the other tests run the kernels, is
+chosen for a whole process.
+"""
+
+import gc
+import json
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is for Linux only")
+
+from kernels import activations, common, k15_w4a8_hopper, k23_w4a8_rings  # noqa: E402
+from kernels.k00_reference import dequantize_reference, quantize_reference  # noqa: E402
+from kernels.prepared import prepare  # noqa: E402
+
+REGISTERS = 65536  # of a multiprocessor on Hopper
+SHARED_MEMORY = 228 * 1024  # bytes of it, of which a program takes 1 KB more than it asks for
+VARIANT = ("dtype", "rows", "tokens", "split", "group_size")
+
+
+def variants():
+    """Every tile, whole and as a part of K, in both dtypes, with groups as long as a block, as a step, and odd ones."""
+    for rows, tokens in k23_w4a8_rings.RINGS:
+        yield "fp16", rows, tokens, 1, 64
+        yield "bf16", rows, tokens, 1, 128
+        yield "fp16", rows, tokens, 1, 192
+        if tokens <= 64:
+            yield "fp16", rows, tokens, 2, 128
+
+
+def compile_tile(dtype, rows, tokens, split, group_size):
+    import triton
+    from compile_kernels import machine_code, resource_usage
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel, (stages, slots) = k23_w4a8_rings.w4a8_rings_kernel, k23_w4a8_rings.RINGS[rows, tokens]
+    swizzled = gl.NVMMASharedLayout.get_default_for([tokens, 128], gl.int8)
+    types = {"x_desc": f"tensordesc<i8{[tokens, 128]},{swizzled!r}>"}
+    boxes = {"codes_desc": ("i16", [k23_w4a8_rings.WIDE.value, rows // 16, 256])}
+    boxes["words_desc"] = ("i32", [k23_w4a8_rings.groups_of(group_size), rows])
+    for name, (integer, box) in boxes.items():
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=int(integer[1:]), rank=len(box))
+        types[name] = f"tensordesc<{integer}{box},{layout!r}>"
+    pointers = {"token_scales_ptr": "fp32", "row_scales_ptr": "fp32", "bias_ptr": dtype}
+    pointers["out_ptr"] = "fp32" if split > 1 else dtype
+    constants = {"HAS_BIAS": split == 1, "GROUP_SIZE": group_size, "SPLIT_K": split, "STAGES": stages, "SLOTS": slots}
+    types |= {name: f"*{pointed}" for name, pointed in pointers.items()} | dict.fromkeys(("M", "N", "blocks"), "i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N")}
+    signature = {name: types[name] for name in kernel.arg_names}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    code = machine_code(compiled.asm["cubin"])
+    return {
+        **dict(zip(VARIANT, (dtype, rows, tokens, split, group_size), strict=True)),
+        **resource_usage(compiled.asm["cubin"]),
+        "shared": compiled.metadata.shared,
+        "threads": int(re.search(r"\.reqntid (\d+)", compiled.asm["ptx"]).group(1)),
+        "products": len(re.findall(r"IGMMA", code)),
+        "waits_with_one_in_flight": len(re.findall(r"DEPBAR\.LE gsb0, 0x1", code)),
+        "waits_for_every_product": len(re.findall(r"DEPBAR\.LE gsb0, 0x0", code)),
+    }
+
+
+def test_nothing_spills(compiled):
+    for result in compiled:
+        assert result["stack"] <= 32 and result["shared"] <= SHARED_MEMORY - 1024, result
+
+
+def test_products_are_waited_for_one_behind(compiled):
+    """But for the last one, by each of two warpgroups; with 256 tokens for the last of each step, too."""
+    for result in compiled:
+        assert result["products"] > 0 and result["waits_with_one_in_flight"] > 0, result
+        assert result["waits_for_every_product"] == (4 if result["tokens"] == 256 else 2), result
+
+
+def test_one_program_a_multiprocessor(compiled):
+    """Two would find room on one, and leave another idle, where there are no more programs than multiprocessors."""
+    for result in compiled:
+        by_registers = REGISTERS // (result["registers"] * result["threads"])
+        by_memory = SHARED_MEMORY // (result["shared"] + 1024)
+        assert min(by_registers, by_memory) == 1, result
+
+
+def problem(m, n, k, group_size, dtype=torch.float16):
+    packed = quantize_reference(torch.randn(n, k, device=common.DEVICE), group_size)
+    x = torch.randn(m, k, device=common.DEVICE).to(dtype)
+    return x, prepare(packed), x.double() @ dequantize_reference(packed, torch.float32).double().t()
+
+
+def test_every_shape_has_options():
+    for m in (1, 64, 129, 512, 2048, 10000):
+        for n in (1, 64, 512, 4160, 8192, 50257):
+            for k in (64, 2048, 8192, 16384):
+                options = k23_w4a8_rings.launch_options(m, n, k)
+                assert options["SPLIT_K"] * 2048 <= max(k, 2048)
+                assert options["BLOCK_M"] <= max(16, 2 * m - 1)
+
+
+@pytest.mark.parametrize("tile", list(k23_w4a8_rings.RINGS))
+def test_rings(tile):
+    """A stage is free again when the warpgroup that had it has begun its next step, so there must be others."""
+    stages, slots = k23_w4a8_rings.RINGS[tile]
+    assert slots >= stages
+    if tile[0] == 64:  # the warpgroups share K
+        assert stages > 2 and stages % 2 == slots % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tile"),
+    [
+        (1, 8192, 8192, (64, 16, 1)),
+        (16, 2048, 8192, (64, 16, 4)),
+        (64, 2048, 8192, (64, 64, 4)),
+        (128, 512, 2048, (64, 16, 1)),
+        (128, 2048, 2048, (64, 32, 1)),
+        (128, 2048, 8192, (64, 64, 2)),
+        (128, 8192, 8192, (64, 128, 1)),
+        (256, 8192, 2048, (128, 128, 1)),
+        (512, 512, 2048, (64, 32, 1)),
+        (512, 2048, 8192, (64, 128, 1)),
+        (512, 8192, 2048, (128, 256, 1)),
+        (1024, 2048, 2048, (128, 128, 1)),
+        (2048, 512, 2048, (64, 128, 1)),
+        (2048, 2048, 2048, (128, 256, 1)),
+    ],
+)
+def test_tiles(m, n, k, tile):
+    """Those that the lesson's measured times are of: rows and tokens of a program, programs that share K."""
+    options = k23_w4a8_rings.launch_options(m, n, k)
+    assert (options["ROWS"], options["BLOCK_M"], options["SPLIT_K"]) == tile
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("tile", "split"),
+    [(tile, split) for tile in k23_w4a8_rings.RINGS for split in (1, 2) if tile[1] <= 64 or split == 1],
+)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size"), [(300, 200, 1600, 320), (70, 264, 1536, 192), (5, 72, 4096, 64)]
+)
+@pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
+def test_every_tile(canary, monkeypatch, tile, split, m, n, k, group_size, dtype):
+    if not common.is_hopper(common.DEVICE):
+        pytest.skip("needs a Hopper GPU (H100, H200)")
+    x, weight, expected = problem(m, n, k, group_size, dtype)
+    stages, slots = k23_w4a8_rings.RINGS[tile]
+    options = {"ROWS": tile[0], "BLOCK_M": tile[1], "SPLIT_K": split, "STAGES": stages, "SLOTS": slots}
+    monkeypatch.setattr(k23_w4a8_rings, "launch_options", lambda m, n, k: dict(options))
+    canary.outputs.clear()
+    first, second = k23_w4a8_rings.matmul(x, weight), k23_w4a8_rings.matmul(x, weight)
+    canary.check()
+    assert torch.equal(first, second)
+    assert common.relative_error(first, expected) < k23_w4a8_rings.TOLERANCE
+    if split == 1:  # exact sums, scaled in the same order
+        assert torch.equal(first, k15_w4a8_hopper.matmul(x, weight))
+
+
+def test_row_scales_are_worked_out_once_and_live_as_long_as_the_weight(monkeypatch):
+    x, weight, _ = problem(3, 24, 128, 32)
+    *_, ratio_zeros, row_scales = activations.quantize_activations(x, weight)
+    again = activations.quantize_activations(-x, weight._replace())  # another view of the same tensors
+    assert again[2] is ratio_zeros and again[3] is row_scales
+    other = activations.quantize_activations(x, weight._replace(scale_zeros=weight.scale_zeros.clone()))
+    assert other[2] is not ratio_zeros and torch.equal(other[2], ratio_zeros)
+    known = len(activations.ROW_SCALES)
+    del weight
+    gc.collect()
+    assert len(activations.ROW_SCALES) < known
+
+
+if __name__ == "__main__":
+    print(json.dumps([compile_tile(*variant) for variant in variants()]))
