@@ -87,7 +87,7 @@ def test_tuning_comes_last(model, calibration, name, monkeypatch):
     seen = {}
 
     def watched(model, reference, windows, steps, seed):
-        assert torch.equal(windows, calibration.tuning_windows) and (steps, seed) == (40, calibration.seed)
+        assert torch.equal(windows, calibration.tuning_windows) and (steps, seed) == (100, calibration.seed)
         assert (reference(tokens) - before(tokens)).abs().max() < 1e-4 * before(tokens).abs().max()
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, Int4Linear)}
         for name, layer in layers.items():
@@ -100,7 +100,7 @@ def test_tuning_comes_last(model, calibration, name, monkeypatch):
 
     original = tune.tune
     monkeypatch.setattr(recipe.tune, "tune", watched)
-    reports, notes = quantize(model, read_recipe(name), GROUP_SIZE, calibration, steps=40)
+    reports, notes = quantize(model, read_recipe(name), GROUP_SIZE, calibration, steps=100)
     assert seen["report"].codes_changed > 0 and notes[-1] == seen["report"].describe()
     for report in reports:  # of the codes as they are now
         weight = seen["reference"].get_parameter(f"{report.name}.weight")
