@@ -41,7 +41,7 @@ lesson: $(SETUP) ## check a lesson against the reference: make lesson K=04
 bench: $(SETUP) ## measure all lessons, and the matmul over shapes, on this machine's GPU, into results/
 	@for lesson in $(LESSONS); do \
 		$(BIN)/python -m kernels.$$lesson --bench --json results/$$lesson.json || left_out="$$left_out $$lesson"; done; \
-	[ -z "$$left_out" ] || echo "not measured:$$left_out (lessons 12, 15 and 22 need a Hopper GPU, 17, 18, 20 and 21 sm_80)"
+	[ -z "$$left_out" ] || echo "not measured:$$left_out (lessons 12, 15, 22 and 23 need a Hopper GPU, 17, 18, 20 and 21 sm_80)"
 	$(BIN)/python -m kernels.bench matmul --peers
 	$(BIN)/python -m kernels.bench matmul --shapes gpt2 --tokens 1 --group-sizes 128 64 --modes w4a16 \
 		--json results/matmul_gpt2.json

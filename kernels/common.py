@@ -47,7 +47,7 @@ def early_launch() -> dict[str, bool]:
 
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
-    """Whether `device` has wgmma and can run lessons 12 and 15: Hopper only, as wgmma came with it and went with it."""
+    """Whether `device` has wgmma, for lessons 12, 15, 22, 23: Hopper only, as wgmma came with it and went with it."""
     return ON_NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 

@@ -27,8 +27,8 @@ tensor cores, 4.7 microseconds. Each program reads all of x, 0.5 MB, from the L2
 microseconds at 6 to 8 TB/s. So 9 or 10, where lesson 12 takes 14.8 and fp16 11.4.
   With few tokens there is another price. A step is a chain: wait for the barriers, fetch the codes from shared memory,
 make operands of them, start the products. A block of 64 columns at a time takes 400 to 500 clocks however few tokens
-there are, and 8192 columns are 128 of them. So a step has 4 blocks with up to 32 tokens and 2 with 64: the machine code
-has 84 instructions a block in place of 100, a quarter of the barriers, and 110 clocks.
+there are, and 8192 columns are 128 of them. So a step has 2 or 4 blocks with up to 32 tokens and 2 with 64: the
+machine code has 84 instructions a block in place of 100, a quarter of the barriers, and 110 clocks.
 
 WHO READS WHAT. A block of a row tile is 512 bytes in one piece (kernels.prepared), a program's 64 rows are four of
 them, and one order to the copy engine brings all that a step reads, as a box of three dimensions:
@@ -56,7 +56,8 @@ MEASURED on an H200 (results/k22_two_rings.json: command, versions, date; group 
     M = 256       4.2 (1.44)    6.2 (1.09)   14.8 (0.98)   18.1 (1.14)   59.4 (0.84)
     M = 512       5.3 (1.21)    8.8 (1.04)   28.5 (0.90)   29.7 (0.96)  119.2 (0.77)
 
-The best of the lessons before took, with 128 tokens, 5.1, 9.3, 14.8, 19.7 and 40.6; with 16, 19.4 of 8192 x 8192.
+The best of the lessons before took, with 128 tokens, 5.1, 9.3, 14.8, 19.7 and 40.6; with 16, 18.7 of 8192 x 8192
+(results/k09_split_k.json).
 
 Steps of one block took 20.8 microseconds for 16 tokens of 8192 x 8192, 9.4 of 2048 x 8192 and 5.8 of 8192 x 2048; for
 longer ones 11.5, 6.0 and 4.2 were predicted. So the chain was a third of it, where rows are long. What is left is no

@@ -47,22 +47,22 @@ lesson 15 or, up to 64 tokens, lesson 13, both with this lesson's pass over x:
                 14.1          24.6          84.6          74.9           304
 
 The last cell depends on the GPU's clock rate: in two other runs it was 195 to 197, and 260 for lesson 15. Group size 64
-costs up to 3% more. Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: the large ones
-turned out better, the small ones worse. There the floor is not bytes: the product alone takes 5.2 of the first 5.9, and
-a kernel that does next to nothing 1.6.
-  A surprise: fewer bytes were slower. 256 rows x 128 tokens read a fifth less than 128 rows x 256 tokens, and took 63
-to 67 microseconds where those took 51 to 53 (8192 x 8192, 512 tokens): every operand then serves half the products.
+costs up to 3% more. Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x
+8192 turned out better, at 2048 tokens in two runs of three, the others worse. In small layers the floor is not bytes:
+the product alone takes 5.2 of the first 5.9, and a kernel that does next to nothing 1.6.
+  A surprise: fewer bytes were slower. 256 rows x 128 tokens read a fifth less than 128 rows x 256 tokens, and took 61
+and 62 microseconds where those took 51 (8192 x 8192, 512 tokens): every operand then serves half the products.
   A trap: rings so small that two programs fit on a multiprocessor. Probably those that the pass over x leaves first get
 two programs each, and others none: 128 tiles of 128 x 64 took 15.1 microseconds, with
 larger rings 11.2 (2048 x 2048, 512 tokens). Hence rings of more than half the shared memory, whether needed or not.
-  Tried and failed (results/attempts.json): two warpgroups as one partition of eight warps, in step with each other: 3
+  Tried and failed (results/attempts.json): two warpgroups as one partition of eight warps, in step with each other: 5
 to 7% slower with tiles of 256 tokens; lesson 15 was right to let each go its own way. Four warpgroups, 256 rows by 128
 tokens: 232 microseconds where the others took 195. The pass over x could let this kernel's programs in before its own
-turn has come: 0.1 to 1.0 microseconds saved where x is small, and 6 to 13 lost with 2048 x 8192 numbers, so it does
+turn has come: 0.8 to 1.0 microseconds saved where x is small, and 6 to 13 lost with 2048 x 8192 numbers, so it does
 where x is small.
   With 256 tokens the assembler has no registers left to see a product through the loop's end: it would wait behind
 every one (its message C7512). There a step's last product is waited for; the other warpgroup has the tensor cores
-meanwhile. Without that need, not to wait gains 1 to 5%.
+meanwhile. Without that need, not to wait gains 3 to 6%.
 
 NEXT. What is left at 512 tokens of small layers is two launches. EXERCISE. Let the product's programs quantize the
 tokens themselves: who would find a token's largest number, and how often would x be read? Say first for which of the

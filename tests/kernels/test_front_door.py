@@ -89,6 +89,25 @@ def test_choose_lesson(gpu, bits, m, n, k, group_size, lesson):
     assert front_door.choose_lesson(gpu, bits, m, n, k, group_size) == lesson
 
 
+# What their launchers refuse: group sizes that are no multiples of 64, more tokens, longer rows.
+OF_WHOLE_BLOCKS = ("k12_hopper", "k17_few_tokens", "k22_two_rings", "k23_w4a8_rings")
+
+
+@pytest.mark.parametrize("group_size", [16, 48, 64, 96, 128, 192, 320, 512, 1600, 4096])
+@pytest.mark.parametrize("gpu", ["sm_75", "sm_80", "sm_90", "sm_100", "gfx942"])
+def test_no_rule_picks_a_lesson_that_refuses(gpu, group_size):
+    for m in (1, 2, 8, 9, 16, 17, 32, 33, 80, 81, 256, 257, 384, 385, 1024, 1025, 4095, 4096, 100_000):
+        for n in (1, 3, 64, 201, 768, 2048, 4096, 4097, 5120, 5121, 8192, 50257):
+            for k in [group_size * groups for groups in (1, 2, 3, 5, 8, 16, 25, 32, 64, 128, 200)]:
+                lesson = front_door.choose_lesson(gpu, 16, m, n, k, group_size)
+                assert lesson not in OF_WHOLE_BLOCKS or (gpu == "sm_90" and group_size % 64 == 0)
+                assert lesson != "k10_gemv" or m == 1
+                if lesson == "k17_few_tokens":
+                    assert k <= 8192 if m <= 8 else m <= 16 and k <= 4096
+                lesson = front_door.choose_lesson(gpu, 8, m, n, k, group_size)
+                assert lesson not in OF_WHOLE_BLOCKS or (gpu == "sm_90" and group_size % 64 == 0)
+
+
 @pytest.mark.parametrize("lesson", sorted({rule.lesson for rule in front_door.RULES}))
 def test_lessons_of_the_table_exist(lesson):
     assert (ROOT / "kernels" / f"{lesson}.py").exists()
