@@ -13,7 +13,9 @@ two nibbles; masking out the low ones of a whole tile gives one operand, the hig
 So columns 0 to 31 and 32 to 63 of a block alternate, and a thread that loads eight neighbours of each half, 16 bytes
 twice, has 16 neighbours of x8: nothing changes threads.
 
-Row scales do not depend on x. They are worked out when a weight is first met, and remembered as long as it lives.
+Row scales do not depend on x. They are worked out when a weight is first met, and remembered as long as it lives: 4
+bytes more for each group of each row. What is to be captured in a graph, or compiled by torch.compile with
+mode="reduce-overhead", should have met its weight before, outside: the graph's own memory is no place to remember in.
 """
 
 import torch

@@ -48,7 +48,6 @@ NEXT. FP16's speed is the end of this road: the tensor cores are busy. Lesson 13
 EXERCISE. Take BLOCK_M = 128. Count clocks for wgmma and for dequantizing again, and say why it is slower per token.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -59,20 +58,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
 from kernels.parts import add_up
 from kernels.prepared import BLOCK, PreparedWeight, prepare
+from kernels.rings import describe_swizzled, load_tile
 
 BLOCK_N = 128  # 64 outputs for each of two warpgroups
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
 
 
 @gluon.jit
@@ -348,7 +345,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     split = options["SPLIT_K"] > 1
     parts = torch.empty((options["SPLIT_K"], m, n), dtype=torch.float32, device=x.device) if split else out
     hopper_kernel[(tiles, options["SPLIT_K"])](
-        describe(x_2d, options["BLOCK_M"]),
+        describe_swizzled(x_2d, (options["BLOCK_M"], BLOCK)),
         weight.codes,
         weight.scale_zeros,
         bias,
@@ -368,17 +365,6 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     if split:
         add_up(parts, bias, out)
     return out.view(*x.shape[:-1], n)
-
-
-def describe(x: Tensor, block_m: int) -> TensorDescriptor:
-    """What the copy engine needs to know to read tiles [block_m, 64] of x [M, K]."""
-    return TensorDescriptor.from_tensor(x, [block_m, BLOCK], tile_layout(block_m, x.dtype))
-
-
-@functools.cache  # to find it takes 11 microseconds
-def tile_layout(block_m: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How tiles [block_m, 64] lie in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for([block_m, BLOCK], gl.float16 if dtype == torch.float16 else gl.bfloat16)
 
 
 def check() -> Iterator[common.Check]:

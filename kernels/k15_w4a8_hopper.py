@@ -53,21 +53,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from kernels import common
 from kernels.activations import quantize_activations
 from kernels.prepared import BLOCK, PreparedWeight, prepare
+from kernels.rings import describe_swizzled, load_tile
 from kernels.row_tiles import make_operand
 
 BLOCK_N = 128  # 64 outputs for each of two warpgroups
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
 TOLERANCE = 0.02  # relative error, as in lesson 13
 
 
@@ -225,9 +223,8 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         return out.view(*x.shape[:-1], n)
     x8, token_scales, ratio_zeros, row_scales = quantize_activations(x_2d, weight)
     height = block_m(m, n)
-    tile = [height, BLOCK]
     w4a8_hopper_kernel[(triton.cdiv(m, height) * triton.cdiv(n, BLOCK_N),)](
-        TensorDescriptor.from_tensor(x8, tile, gl.NVMMASharedLayout.get_default_for(tile, gl.int8)),
+        describe_swizzled(x8, (height, BLOCK)),
         token_scales,
         weight.codes,
         ratio_zeros,

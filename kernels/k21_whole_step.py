@@ -54,8 +54,9 @@ warps 222; three programs, in 168 registers, 165; parts of 64 or 256 positions 1
 between polls 163; launched early, 160: no different.
 
 NEXT. For a step this is the end of the road as it is drawn here; lesson 22 returns to the matmul, to the gap between
-lesson 17's few tokens and lesson 12's many. EXERCISE. The parts of attention are joined in a phase of their own. Let
-each program of the next phase join what it multiplies by instead: a wait less, and how many bytes more?
+lesson 17's few tokens and lesson 12's many. EXERCISE. The parts of attention are joined in a phase of their own;
+lesson 19 leaves that to the next kernel. Let each program of the next phase do it here: a wait less, and how many bytes
+more?
 """
 
 import math

@@ -64,9 +64,10 @@ longer ones 11.5, 6.0 and 4.2 were predicted. So the chain was a third of it, wh
 lack of bytes: a kernel that only reads 34 MB, cold, takes 8.0 microseconds (4.2 TB/s, results/attempts.json). But 67
 million weights, at 84 instructions for 16 rows of a block, take the schedulers of all multiprocessors 5.9. Lesson 17
 needs 86, and ends at 15 microseconds, too. To do both at once, rather than one after the other, is what is left.
-  A surprise: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer of them from the L2 cache than
-64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2 microseconds where those took 9.8. Nor is the
-number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64 tokens took 6.0, 128 with 32 tokens 6.5.
+  A surprise, still with one block a step: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer
+of them from the L2 cache than 64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2 microseconds where
+those took 9.8. Nor is it the number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64 tokens took 6.0, 128
+with 32 tokens 6.5.
   Tried and failed (results/attempts.json). The next step's codes in registers before the wait: 5.3 for 5.8 at
 8192 x 2048 and 16 tokens, but 16.9 for 15.3 at 8192 x 8192. With one block a step, 8192 x 2048: each program starting
 elsewhere along K, so that not all ask for the same tile of x at once: 10.9 for 9.8, though a division more a block is
@@ -82,7 +83,6 @@ has no word for it, 3.7 has. EXERCISE. Of the 84 instructions, 16 take the zeros
 the product, and subtract 1024 + zero times the sum of x from the result. How many digits does that cost, and whose?
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -93,17 +93,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
 from kernels.parts import add_up
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
+from kernels.rings import describe_plain, describe_swizzled, fetch_weight, load_tile, plain_plane
 from kernels.row_tiles import unpack
 
 ROWS = gl.constexpr(64)  # outputs a program: what one warpgroup's wgmma makes
@@ -118,8 +117,6 @@ RINGS = {
     (1, 128): (1, 6, 6),
 }
 FEWEST_PROGRAMS = {128: 100, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
-
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
 
 
 @gluon.constexpr_function
@@ -140,12 +137,6 @@ def plane_of(height, dtype):
     return gl.NVMMASharedLayout.get_default_for([height, 64], dtype)
 
 
-@gluon.constexpr_function
-def plain_plane(bits):
-    """Rows of numbers of so many bits, in order."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
-
-
 @gluon.jit
 def dequantize(half_words, words, DTYPE: gl.constexpr, layout: gl.constexpr):
     """int16 [ROWS, 16] and the rows' scale_zeros [ROWS] -> DTYPE [ROWS, 64], a left operand: as in lesson 12."""
@@ -156,16 +147,6 @@ def dequantize(half_words, words, DTYPE: gl.constexpr, layout: gl.constexpr):
     odd = gl.join((c1 * 0.0625 - (zero - 960.0)) * scale, (c3 * 0.0625 - (zero - 960.0)) * scale)
     w = gl.join(even, odd).permute([0, 2, 3, 1]).reshape([ROWS, 64])  # k = 32 (pair) + 16 (odd) + j
     return gl.convert_layout(w, layout, assert_trivial=True).to(DTYPE)  # trivial: no register changes its thread
-
-
-@gluon.jit
-def fetch_weight(codes_desc, words_desc, weight_ring, tile, step, block, GROUP_SIZE: gl.constexpr):
-    """Asks the copy engine for a step's blocks of the program's rows, from `block` on: codes and scale_zeros."""
-    codes, words, full = weight_ring
-    slot = step % codes.shape[0]
-    mbarrier.expect(full.index(slot), codes_desc.block_type.nbytes + words_desc.block_type.nbytes)
-    load_tile(codes_desc, [block, tile * (ROWS // 16), 0], full.index(slot), codes.index(slot))
-    load_tile(words_desc, [block * 64 // GROUP_SIZE, tile * ROWS], full.index(slot), words.index(slot))
 
 
 @gluon.jit
@@ -444,34 +425,12 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         HAS_BIAS=bias is not None and split == 1,
         GROUP_SIZE=weight.group_size,
         num_warps=4,
-        launch_pdl=True,
+        launch_pdl=n % 4 == 0,  # else what is read ahead is the work of the launch before: the padding
         **options,
     )
     if split > 1:
         add_up(parts, bias, out)
     return out.view(*x.shape[:-1], n)
-
-
-def describe_swizzled(x: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
-    """What the copy engine needs to know to read tiles of x as wgmma wants them."""
-    return TensorDescriptor.from_tensor(x, list(tile), swizzled_layout(tile, x.dtype))
-
-
-@functools.cache  # to find it takes 11 microseconds
-def swizzled_layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    """How tiles of x lie in shared memory."""
-    return gl.NVMMASharedLayout.get_default_for(list(tile), gl.float16 if dtype == torch.float16 else gl.bfloat16)
-
-
-def describe_plain(tensor: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
-    """What the copy engine needs to know to read tiles and leave their bytes in order."""
-    return TensorDescriptor.from_tensor(tensor, list(tile), plain_layout(8 * tensor.element_size(), len(tile)))
-
-
-@functools.cache
-def plain_layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
-    """Of numbers of so many bits."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=rank)
 
 
 def check() -> Iterator[common.Check]:

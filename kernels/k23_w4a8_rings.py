@@ -69,7 +69,6 @@ tokens themselves: who would find a token's largest number, and how often would 
 shapes above it could pay.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -80,18 +79,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
 from kernels.activations import quantize_activations
 from kernels.parts import add_up
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
+from kernels.rings import describe_plain, describe_swizzled, fetch_weight, load_tile, plain_plane
 from kernels.row_tiles import make_operand
 
 TOLERANCE = 0.02  # relative error, as in lesson 13
@@ -109,7 +107,6 @@ RINGS = {
     (64, 16): (8, 16),
 }
 ENOUGH_PROGRAMS = 100  # for 132 multiprocessors
-load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
 
 
 @gluon.constexpr_function
@@ -122,23 +119,6 @@ def even(group_size):
 def groups_of(group_size):
     """Groups that a step reads, at most."""
     return max(1, WIDE.value * 64 // group_size) if even(group_size) else 2
-
-
-@gluon.constexpr_function
-def plain_plane(bits):
-    """Rows of numbers of so many bits, in order."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
-
-
-@gluon.jit
-def fetch_weight(codes_desc, words_desc, weight_ring, tile, step, block, GROUP_SIZE: gl.constexpr):
-    """Asks the copy engine for a step's blocks of the program's rows, from `block` on: codes and ratio_zeros."""
-    codes, words, full = weight_ring
-    HEIGHT: gl.constexpr = words.shape[2]
-    slot = step % codes.shape[0]
-    mbarrier.expect(full.index(slot), codes_desc.block_type.nbytes + words_desc.block_type.nbytes)
-    load_tile(codes_desc, [block, tile * (HEIGHT // 16), 0], full.index(slot), codes.index(slot))
-    load_tile(words_desc, [block * 64 // GROUP_SIZE, tile * HEIGHT], full.index(slot), words.index(slot))
 
 
 @gluon.jit
@@ -424,9 +404,9 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     rows, tokens, split = options.pop("ROWS"), options.pop("BLOCK_M"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     w4a8_rings_kernel[(triton.cdiv(n, rows), triton.cdiv(m, tokens), split)](
-        TensorDescriptor.from_tensor(x8, [tokens, 128], x_layout(tokens)),
-        describe_plain(weight.codes.flatten(2).permute(1, 0, 2), [WIDE.value, rows // TILE_ROWS, 256]),
-        describe_plain(ratio_zeros, [groups_of(weight.group_size), rows]),
+        describe_swizzled(x8, (tokens, 128)),
+        describe_plain(weight.codes.flatten(2).permute(1, 0, 2), (WIDE.value, rows // TILE_ROWS, 256)),
+        describe_plain(ratio_zeros, (groups_of(weight.group_size), rows)),
         token_scales,
         row_scales,
         bias,
@@ -437,29 +417,12 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         HAS_BIAS=bias is not None and split == 1,
         GROUP_SIZE=weight.group_size,
         num_warps=4,
-        launch_pdl=True,
+        launch_pdl=n % 4 == 0,  # else what is read ahead is the work of the launch before: the padding
         **options,
     )
     if split > 1:
         add_up(parts, bias, out)
     return out.view(*x.shape[:-1], n)
-
-
-@functools.cache  # to find it takes 11 microseconds
-def x_layout(tokens: int) -> gl.NVMMASharedLayout:
-    """How tiles [tokens, 128] of x8 lie in shared memory, as wgmma wants them."""
-    return gl.NVMMASharedLayout.get_default_for([tokens, 128], gl.int8)
-
-
-def describe_plain(tensor: Tensor, tile: list[int]) -> TensorDescriptor:
-    """What the copy engine needs to know to read tiles of a tensor and leave their bytes in order."""
-    return TensorDescriptor.from_tensor(tensor, tile, plain_layout(8 * tensor.element_size(), len(tile)))
-
-
-@functools.cache
-def plain_layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
-    """Of numbers of so many bits, in order."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=rank)
 
 
 def check() -> Iterator[common.Check]:

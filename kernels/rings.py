@@ -1,0 +1,58 @@
+"""How the copy engine (TMA) brings tiles into shared memory: for lessons 12, 15, 22 and 23.
+
+A ring is a row of places in shared memory that are filled in turn. A producer warp orders a tile for the next place,
+telling a barrier how many bytes to expect; whoever computes waits for that barrier, and later says that it is done.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# An order for a tile, which ends at a barrier.
+load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
+
+
+@gluon.constexpr_function
+def plain_plane(bits):
+    """Rows of numbers of so many bits, in order."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+
+
+@gluon.jit
+def fetch_weight(codes_desc, words_desc, weight_ring, tile, step, block, GROUP_SIZE: gl.constexpr):
+    """Orders what a step reads of a program's rows, from `block` on: codes and their groups' scale words.
+
+    The ring: codes int16 [SLOTS, blocks, rows / 16, 256], words int32 [SLOTS, groups, rows], a barrier for each slot.
+    """
+    codes, words, full = weight_ring
+    ROWS: gl.constexpr = words.shape[2]
+    slot = step % codes.shape[0]
+    mbarrier.expect(full.index(slot), codes_desc.block_type.nbytes + words_desc.block_type.nbytes)
+    load_tile(codes_desc, [block, tile * (ROWS // 16), 0], full.index(slot), codes.index(slot))
+    load_tile(words_desc, [block * 64 // GROUP_SIZE, tile * ROWS], full.index(slot), words.index(slot))
+
+
+def describe_swizzled(x: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles of x, int8, float16 or bfloat16, as wgmma wants them."""
+    return TensorDescriptor.from_tensor(x, list(tile), _swizzled_layout(tile, x.dtype))
+
+
+def describe_plain(tensor: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
+    """What the copy engine needs to know to read tiles and leave their bytes in order."""
+    return TensorDescriptor.from_tensor(tensor, list(tile), _plain_layout(8 * tensor.element_size(), len(tile)))
+
+
+@functools.cache  # to find it takes 11 microseconds
+def _swizzled_layout(tile: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    elements = {torch.int8: gl.int8, torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
+    return gl.NVMMASharedLayout.get_default_for(list(tile), elements[dtype])
+
+
+@functools.cache
+def _plain_layout(bits: int, rank: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=rank)
