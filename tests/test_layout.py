@@ -9,7 +9,7 @@ from conftest import ROOT
 REFERENCE = "kernels.k00_reference"
 SHARED = {
     f"kernels.{name}"
-    for name in ("common", "prepared", "activations", "parts", "int8", "row_tiles", "stream")
+    for name in ("common", "prepared", "activations", "parts", "int8", "rings", "row_tiles", "stream")
 }  # fmt: skip
 LESSON = re.compile(r"k\d\d_\w+")
 
