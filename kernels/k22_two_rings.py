@@ -101,8 +101,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
 from kernels.parts import add_up
-from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
-from kernels.rings import describe_plain, describe_swizzled, fetch_weight, load_tile, plain_plane
+from kernels.prepared import BLOCK, PreparedWeight, prepare
+from kernels.rings import describe_swizzled, describe_weight, fetch_weight, load_tile, plain_plane
 from kernels.row_tiles import unpack
 
 ROWS = gl.constexpr(64)  # outputs a program: what one warpgroup's wgmma makes
@@ -407,16 +407,12 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out.view(*x.shape[:-1], n)
-    words = weight.scale_zeros
-    if n % 4:
-        words = torch.nn.functional.pad(words, (0, -n % 4))  # of rows, too
     options = launch_options(m, n, k, weight.group_size)
     height, wide, split = options.pop("BLOCK_M"), options.pop("WIDE"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     two_rings_kernel[(triton.cdiv(n, ROWS.value), triton.cdiv(m, height), split)](
         describe_swizzled(x_2d.view(m, k // BLOCK, BLOCK).permute(1, 0, 2), (wide, height, BLOCK)),
-        describe_plain(weight.codes.flatten(2).permute(1, 0, 2), (wide, ROWS.value // TILE_ROWS, 256)),
-        describe_plain(words, (groups_of(wide, weight.group_size), ROWS.value)),
+        *describe_weight(weight.codes, weight.scale_zeros, wide, groups_of(wide, weight.group_size), ROWS.value),
         bias,
         parts,
         m,
@@ -425,7 +421,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         HAS_BIAS=bias is not None and split == 1,
         GROUP_SIZE=weight.group_size,
         num_warps=4,
-        launch_pdl=n % 4 == 0,  # else what is read ahead is the work of the launch before: the padding
+        launch_pdl=n % 4 == 0,  # else the words are copied first, and may not be read ahead
         **options,
     )
     if split > 1:

@@ -88,8 +88,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from kernels import common
 from kernels.activations import quantize_activations
 from kernels.parts import add_up
-from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
-from kernels.rings import describe_plain, describe_swizzled, fetch_weight, load_tile, plain_plane
+from kernels.prepared import BLOCK, PreparedWeight, prepare
+from kernels.rings import describe_swizzled, describe_weight, fetch_weight, load_tile, plain_plane
 from kernels.row_tiles import make_operand
 
 TOLERANCE = 0.02  # relative error, as in lesson 13
@@ -398,15 +398,12 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     if m == 0:
         return out.view(*x.shape[:-1], n)
     x8, token_scales, ratio_zeros, row_scales = quantize_activations(x_2d, weight)
-    if n % 4:
-        ratio_zeros = torch.nn.functional.pad(ratio_zeros, (0, -n % 4))  # the copy engine wants 16-byte boundaries
     options = launch_options(m, n, k)
     rows, tokens, split = options.pop("ROWS"), options.pop("BLOCK_M"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     w4a8_rings_kernel[(triton.cdiv(n, rows), triton.cdiv(m, tokens), split)](
         describe_swizzled(x8, (tokens, 128)),
-        describe_plain(weight.codes.flatten(2).permute(1, 0, 2), (WIDE.value, rows // TILE_ROWS, 256)),
-        describe_plain(ratio_zeros, (groups_of(weight.group_size), rows)),
+        *describe_weight(weight.codes, ratio_zeros, WIDE.value, groups_of(weight.group_size), rows),
         token_scales,
         row_scales,
         bias,
@@ -417,7 +414,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         HAS_BIAS=bias is not None and split == 1,
         GROUP_SIZE=weight.group_size,
         num_warps=4,
-        launch_pdl=n % 4 == 0,  # else what is read ahead is the work of the launch before: the padding
+        launch_pdl=n % 4 == 0,  # else the words are copied first, and may not be read ahead
         **options,
     )
     if split > 1:

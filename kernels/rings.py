@@ -13,6 +13,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.prepared import TILE_ROWS
+
 # An order for a tile, which ends at a barrier.
 load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # until Triton 3.8
 
@@ -45,6 +47,24 @@ def describe_swizzled(x: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
 def describe_plain(tensor: Tensor, tile: tuple[int, ...]) -> TensorDescriptor:
     """What the copy engine needs to know to read tiles and leave their bytes in order."""
     return TensorDescriptor.from_tensor(tensor, list(tile), _plain_layout(8 * tensor.element_size(), len(tile)))
+
+
+def describe_weight(codes: Tensor, words: Tensor, blocks: int, groups: int, rows: int) -> list[TensorDescriptor]:
+    """The same for what `fetch_weight` orders: the boxes of a step.
+
+    Args:
+        codes: int16 [N/16, K/64, 16, 16].
+        words: int32 [groups, N], a scale and a zero each. Where N is not a multiple of 4 they are copied to longer
+            rows, which must begin at multiples of 16 bytes: then the next launch may not read ahead (lesson 9).
+        blocks, groups, rows: of a box.
+
+    Returns:
+        Of the codes, as int16 [K/64, N/16, 256], and of the words.
+    """
+    if words.shape[1] % 4:
+        words = torch.nn.functional.pad(words, (0, -words.shape[1] % 4))
+    boxes = codes.flatten(2).permute(1, 0, 2)
+    return [describe_plain(boxes, (blocks, rows // TILE_ROWS, 256)), describe_plain(words, (groups, rows))]
 
 
 @functools.cache  # to find it takes 11 microseconds

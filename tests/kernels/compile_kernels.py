@@ -18,6 +18,8 @@ os.environ["TRITON_INTERPRET"] = "0"
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from kernels import k01_quantize, k02_dequantize, k03_matmul, k04_w4a16
 
@@ -36,6 +38,33 @@ def compile_for(target, kernel, dtypes, integers, options, floats=()):
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
     launch = {k: v for k, v in options.items() if k in ("num_warps", "num_stages", "enable_fp_fusion")}
     return triton.compile(source, target=target, options=launch)
+
+
+def tile_type(name, dtype, shape):
+    """How a Gluon kernel's signature writes a tile that the copy engine reads: x's swizzled, others in order."""
+    element = {"fp16": gl.float16, "bf16": gl.bfloat16, "i8": gl.int8, "i16": gl.int16, "i32": gl.int32}[dtype]
+    if name == "x_desc":
+        layout = gl.NVMMASharedLayout.get_default_for(shape, element)
+    else:
+        bits = element.primitive_bitwidth
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(shape))
+    return f"tensordesc<{dtype}{shape},{layout!r}>"
+
+
+def compile_gluon(kernel, tiles, dtypes, integers, options):
+    """Compiles a Gluon kernel for Hopper; `tiles` are what the copy engine reads, (dtype, shape) each; else as above.
+
+    Of the integers only N is known to be a multiple of 16.
+    """
+    types = {name: tile_type(name, *tile) for name, tile in tiles.items()}
+    types |= {name: f"*{dtype}" for name, dtype in dtypes.items()}
+    types |= dict.fromkeys(integers, "i32") | dict.fromkeys(options, "constexpr")
+    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*dtypes, "N")}
+    signature = {name: types[name] for name in kernel.arg_names}
+    constants = {name: option for name, option in options.items() if name in kernel.arg_names}
+    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
+    launch = {name: options[name] for name in ("num_warps", "maxnreg") if name in options}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
 
 
 def compile_kernel(kernel, dtypes, integers, options, arch):

@@ -82,34 +82,10 @@ def hopper_variants():
         yield k15_w4a8_hopper.w4a8_hopper_kernel, {"x_desc": ("i8", [height, 64])}, pointers, options
 
 
-def tile_type(name, dtype, shape):
-    """How a kernel's signature writes a tile: x's swizzled, others in order."""
-    from triton.experimental.gluon import language as gl
-
-    element = {"fp16": gl.float16, "bf16": gl.bfloat16, "i8": gl.int8, "i16": gl.int16, "i32": gl.int32}[dtype]
-    if name == "x_desc":
-        layout = gl.NVMMASharedLayout.get_default_for(shape, element)
-    else:
-        bits = element.primitive_bitwidth
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=len(shape))
-    return f"tensordesc<{dtype}{shape},{layout!r}>"
-
-
 def compile_for_hopper(kernel, tiles, pointers, options):
-    import triton
-    from compile_kernels import machine_code, resource_usage
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon._runtime import GluonASTSource
+    from compile_kernels import compile_gluon, machine_code, resource_usage
 
-    types = {name: tile_type(name, *tile) for name, tile in tiles.items()}
-    types |= {name: f"*{pointed}" for name, pointed in pointers.items()}
-    types |= dict.fromkeys(("M", "N", "blocks"), "i32") | dict.fromkeys(options, "constexpr")
-    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N")}
-    signature = {name: types[name] for name in kernel.arg_names}
-    constants = {name: option for name, option in options.items() if name in kernel.arg_names}
-    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    launch = {name: options[name] for name in ("num_warps", "maxnreg") if name in options}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
+    compiled = compile_gluon(kernel, tiles, pointers, ("M", "N", "blocks"), options)
     ptx = compiled.asm["ptx"]
     return {
         "kernel": kernel.__name__,

@@ -33,29 +33,19 @@ def variants():
 
 
 def compile_tile(dtype, rows, tokens, split, group_size):
-    import triton
-    from compile_kernels import machine_code, resource_usage
-    from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon._runtime import GluonASTSource
+    from compile_kernels import compile_gluon, machine_code, resource_usage
 
-    kernel, (stages, slots) = k23_w4a8_rings.w4a8_rings_kernel, k23_w4a8_rings.RINGS[rows, tokens]
-    swizzled = gl.NVMMASharedLayout.get_default_for([tokens, 128], gl.int8)
-    types = {"x_desc": f"tensordesc<i8{[tokens, 128]},{swizzled!r}>"}
-    boxes = {"codes_desc": ("i16", [k23_w4a8_rings.WIDE.value, rows // 16, 256])}
-    boxes["words_desc"] = ("i32", [k23_w4a8_rings.groups_of(group_size), rows])
-    for name, (integer, box) in boxes.items():
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=int(integer[1:]), rank=len(box))
-        types[name] = f"tensordesc<{integer}{box},{layout!r}>"
+    stages, slots = k23_w4a8_rings.RINGS[rows, tokens]
+    tiles = {
+        "x_desc": ("i8", [tokens, 128]),
+        "codes_desc": ("i16", [k23_w4a8_rings.WIDE.value, rows // 16, 256]),
+        "words_desc": ("i32", [k23_w4a8_rings.groups_of(group_size), rows]),
+    }
     pointers = {"token_scales_ptr": "fp32", "row_scales_ptr": "fp32", "bias_ptr": dtype}
     pointers["out_ptr"] = "fp32" if split > 1 else dtype
-    constants = {"HAS_BIAS": split == 1, "GROUP_SIZE": group_size, "SPLIT_K": split, "STAGES": stages, "SLOTS": slots}
-    types |= {name: f"*{pointed}" for name, pointed in pointers.items()} | dict.fromkeys(("M", "N", "blocks"), "i32")
-    types |= dict.fromkeys(constants, "constexpr")
-    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "N")}
-    signature = {name: types[name] for name in kernel.arg_names}
-    source = GluonASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    options = {"HAS_BIAS": split == 1, "GROUP_SIZE": group_size, "SPLIT_K": split, "STAGES": stages, "SLOTS": slots}
+    options["num_warps"] = 4
+    compiled = compile_gluon(k23_w4a8_rings.w4a8_rings_kernel, tiles, pointers, ("M", "N", "blocks"), options)
     code = machine_code(compiled.asm["cubin"])
     return {
         **dict(zip(VARIANT, (dtype, rows, tokens, split, group_size), strict=True)),
