@@ -38,8 +38,8 @@ tensor cores were not what it waited for. Dequantizing and multiplying still tak
 more instructions than fp16 ones. Lesson 15, where they overlap, takes 262. The error came out as foretold: 1.0 to 1.5%
 (results/matmul.json).
   A surprise, at the other end: with one token it took 87 microseconds at group size 128, in steps of 128 along K, and
-43 at 64, in steps of 64 (results/matmul.json before lesson 23 was in it; lesson 10 took 17 to
-18). Few tokens are no case for it; the launcher has taken steps of 64 for them since.
+43 at 64, in steps of 64, where lesson 10 took 17 to 18 (results/attempts.json). Few tokens are no case for it; the
+launcher has taken steps of 64 for them since.
 
 NEXT. Lesson 14 leaves the kernels alone and chooses among their options; lesson 15 puts this idea into lesson 12's
 loop. EXERCISE. fp8 instead: a nibble in a byte is an fp8 number (e4m3) already, which? What would that save, and cost?

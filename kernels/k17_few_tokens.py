@@ -35,7 +35,7 @@ MEASURED on an H200 (results/k17_few_tokens.json: command, versions, date; group
     M = 16       2.5 (1.8)   3.0 (2.6)   4.9 (1.4)       -       2.8 (2.1)   8.6 (1.2)
 
 As predicted for few bytes; 8192 x 2048 is bytes again, 9.4 MB at half the memory's pace. Lesson 10 took 2.6 and 5.7 for
-the last two and one token, lesson 9 with its two kernels 4.5 and 8.3 for 16 (group size 128).
+the last two and one token, lesson 9 with its two kernels 4.6 and 8.3 for 16 (group size 128, results/attempts.json).
   Where it fails: 8192 x 8192, 16 and 23 microseconds for one token and for eight, where lesson 10 takes 15 for one. All
 of K in registers leaves room for one program a multiprocessor, and there are four times as many.
   Tried and failed (results/attempts.json, group size 128). x into registers as well, each thread its own part: the

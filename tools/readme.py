@@ -117,13 +117,13 @@ def ladder() -> str:
     fp16 = [f"{first[m]['fp16_microseconds']:.0f}" for m in LADDER_TOKENS]
     shares = [first[m]["share_of_roofline"] / first[m]["times_fp16"] for m in ends]
     cells = [["torch's FP16 matmul", *fp16, " / ".join(f"{100 * share:.0f}%" for share in shares)]]
-    for lesson, idea in IDEAS.items():
-        rows = rung(lesson)
+    lessons = {lesson: rung(lesson) for lesson in IDEAS}
+    for lesson, rows in lessons.items():
         times = {m: f"{row['microseconds']:.0f} ({row['times_fp16']:.2f}x)" for m, row in rows.items()}
         percent = {m: f"{100 * row['share_of_roofline']:.0f}%" for m, row in rows.items()}
         cells.append(
             [
-                f"{lesson[:3]}: {idea}",
+                f"{lesson[:3]}: {IDEAS[lesson]}",
                 *(times.get(m, "-") for m in LADDER_TOKENS),
                 " / ".join(percent.get(m, "-") for m in ends),
             ]
@@ -133,7 +133,8 @@ def ladder() -> str:
         "Microseconds (times FP16, which each lesson times in its own run). Roofline: the share of what the bytes, or "
         "16-bit operations, would take at this GPU's measured ceilings; 8-bit operations may pass it."
     )
-    return markdown(columns, cells) + f"\n\n{note} {source(list(first.values())).replace('k03_matmul', 'LESSON')}"
+    every = [row for rows in lessons.values() for row in rows.values()]
+    return markdown(columns, cells) + f"\n\n{note} {source(of_any_lesson(every))}"
 
 
 def few_tokens() -> str:
@@ -150,7 +151,7 @@ def few_tokens() -> str:
     shapes = dict.fromkeys((row["n"], row["k"]) for row in rows)
     lines = [[f"{n} x {k}", *(cell(n, k, m) for m in tokens)] for n, k in shapes]
     note = f"Microseconds (times FP16), group size {rows[0]['group_size']}."
-    return markdown(["out x in", *(f"M = {m}" for m in tokens)], lines) + f"\n\n{note} {provenance(rows[0])}"
+    return markdown(["out x in", *(f"M = {m}" for m in tokens)], lines) + f"\n\n{note} {provenance(rows)}"
 
 
 def step_parts() -> str:
@@ -175,7 +176,7 @@ def step_parts() -> str:
         for part, m, row, other in parts
     ]
     columns = ["part", "tokens", "microseconds", "torch, FP16", "times"]
-    return markdown(columns, lines) + f"\n\n{provenance(mlp[0]).replace('k18_fused_layers', 'LESSON')}"
+    return markdown(columns, lines) + f"\n\n{provenance(of_any_lesson([*mlp, *attention, *output]))}"
 
 
 def matmul() -> str:
@@ -198,7 +199,7 @@ def matmul() -> str:
     lines = [[f"{n} x {k}", str(size), *(cell(n, k, m) for m in tokens)] for (n, k), size in largest.items()]
     note = "Times FP16, with 16-bit / 8-bit activations (and FP16's own microseconds)."
     columns = ["out x in", "group size", *(f"M = {m}" for m in tokens)]
-    return markdown(columns, lines) + f"\n\n{note} {provenance(rows[0])}"
+    return markdown(columns, lines) + f"\n\n{note} {provenance(rows)}"
 
 
 def matmul_gpt2() -> str:
@@ -220,7 +221,7 @@ def matmul_gpt2() -> str:
         for model, width in models.items()
     ]
     note = "Times FP16 (and microseconds), M = 1; group size 128, or 64 where 128 does not divide in_features."
-    return markdown(["model", *layers, "lm_head"], cells) + f"\n\n{note} {provenance(rows[0])}"
+    return markdown(["model", *layers, "lm_head"], cells) + f"\n\n{note} {provenance(rows)}"
 
 
 def quantization() -> str:
@@ -287,7 +288,7 @@ def accuracy_of(rows: list[dict[str, Any]]) -> str:
     note = (
         f"Rise of perplexity over FP16's {first['fp16_perplexity']:.2f} (and KL divergence from FP16, in nats a token) "
         f"for each group size: {first['model']} on {first['text']}, {first['tokens_scored']:,} tokens scored, windows "
-        f"of {first['context_length']}, stride {first['stride']}.{calibration_of(rows)} {provenance(first)}"
+        f"of {first['context_length']}, stride {first['stride']}.{calibration_of(rows)} {provenance(rows)}"
     )
     return markdown(columns, cells) + f"\n\n{note}"
 
@@ -389,8 +390,8 @@ def decode(on_cpu: bool = False) -> str:
             for (model, batch, context, embedding, _), group in groups.items()
         ]
         names = [*(name for *_, name in columns), f"x {floating}", f"roofline, {floating} / int4"]
-        first = fastest(next(iter(groups.values())), int4=True)
-        return markdown(["model", "batch", "context", "embedding", *names], cells) + f"\n\n{note} {provenance(first)}"
+        rows = [row for group in groups.values() for row in group.values()]
+        return markdown(["model", "batch", "context", "embedding", *names], cells) + f"\n\n{note} {provenance(rows)}"
 
     return "\n\n".join(table(groups) for groups in decode_groups("decode", on_cpu).values())
 
@@ -407,8 +408,8 @@ def prefill(on_cpu: bool = False) -> str:
         ]
         names = [*(name.removesuffix(" eager") for *_, name in columns), "int4 / floating point"]
         note = "Tokens a second, with the loss of every token."
-        first = fastest(next(iter(groups.values())), int4=True)
-        return markdown(["model", "tokens", "embedding", *names], cells) + f"\n\n{note} {provenance(first)}"
+        rows = [row for group in groups.values() for row in group.values()]
+        return markdown(["model", "tokens", "embedding", *names], cells) + f"\n\n{note} {provenance(rows)}"
 
     return "\n\n".join(table(groups) for groups in decode_groups("prefill", on_cpu).values())
 
@@ -437,12 +438,20 @@ def decode_bytes() -> str:
 
 def source(rows: list[dict[str, Any]]) -> str:
     """Of what shape, where and how measurements were taken."""
-    return f"{rows[0]['n']} x {rows[0]['k']}, {provenance(rows[0])}"
+    return f"{rows[0]['n']} x {rows[0]['k']}, {provenance(rows)}"
 
 
-def provenance(row: dict[str, Any]) -> str:
-    """Where and how a measurement was taken."""
-    return f"{row['gpu']}, torch {row['torch']}, Triton {row['triton']}, {row['date']}; `{row['command']}`."
+def of_any_lesson(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Measurements of several lessons, as if by one command, which does not say which."""
+    return [{**row, "command": re.sub(r"k\d\d_\w+", "LESSON", row["command"])} for row in rows]
+
+
+def provenance(rows: list[dict[str, Any]]) -> str:
+    """Where, when and how measurements were taken; of several commands the first one's, as a row has its own."""
+    first, days = rows[0], sorted({row["date"] for row in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    others = " and others" if len({row["command"] for row in rows}) > 1 else ""
+    return f"{first['gpu']}, torch {first['torch']}, Triton {first['triton']}, {when}; `{first['command']}`{others}."
 
 
 TABLES: dict[str, Callable[[], str]] = {
