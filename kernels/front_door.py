@@ -62,13 +62,14 @@ class Rule(NamedTuple):
 
 
 # The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json, k17_few_tokens.json,
-# k22_two_rings.json, attempts.json): lesson 17 serves few tokens where a program can hold a row's codes in its
+# k22_two_rings.json, attempts.json): lesson 17 serves one token, and a few where a program can hold a row's codes in its
 # registers; lesson 22 the middle, as long as its programs are two a multiprocessor at most, and for up to 32 tokens
 # only where rows are short or there is work enough. What it leaves, of up to 80 tokens lesson 9 takes, of more lesson
 # 12, and lesson 9 the groups that only it knows. From some 400 on, lesson 11 leaves the product to the vendor, who has
 # tiles of all sizes: lesson 12 is ahead only where its own happen to fill the machine. With 8-bit activations lesson 23
 # was ahead of 13 and 15 at all shapes. Those for any GPU take what asks least of it.
 RULES = (
+    Rule("sm_90", 16, 1, 2**25, 64, "k17_few_tokens", most_columns=32768),
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=4096),
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=8192, most_rows=4096),
     Rule("sm_90", 16, 16, 0, 64, "k17_few_tokens", most_columns=4096, most_rows=5120),

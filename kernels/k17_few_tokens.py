@@ -60,15 +60,28 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, prepare
-from kernels.row_tiles import ROWS, launch_options, load_weight, multiply, share_tokens
+from kernels.row_tiles import (
+    ROWS,
+    accumulate,
+    barrier,
+    copy_blocks,
+    launch_options,
+    load_weight,
+    multiply,
+    share_tokens,
+)
 
 MOST_TOKENS = 16
 MOST_COLUMNS = 8192  # of w: its codes, 16 blocks a warp, fill the registers
 MOST_NUMBERS = 65536  # of x, with tokens rounded up: 128 KB of shared memory
+MOST_COLUMNS_IN_PASSES = 32768  # 64 KB of shared memory
+PASS = {"STEP": 4, "num_warps": 4}
+PASS_BLOCKS = PASS["STEP"] * PASS["num_warps"]
 
 
 @gluon.jit
@@ -99,6 +112,12 @@ def few_tokens_kernel(
         gdc_launch_dependents()
     x = share_tokens(x_ptr, M, K, blocks, BLOCK_M, STEP, num_warps)
     out = multiply(x, codes, words, BLOCK_M, STEP, mma, num_warps)  # [16, TOKENS]
+    store(out, bias_ptr, out_ptr, first_row, M, N, HAS_BIAS, mma)
+
+
+@gluon.jit
+def store(out, bias_ptr, out_ptr, first_row, M, N, HAS_BIAS: gl.constexpr, mma: gl.constexpr):
+    """Adds the bias to ROWS numbers of each token, fp32 [ROWS, TOKENS], and stores them."""
     layout: gl.constexpr = gl.SliceLayout(0, mma)
     offs_n = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     offs_m = gl.arange(0, out.shape[1], layout=gl.SliceLayout(0, layout))
@@ -108,12 +127,55 @@ def few_tokens_kernel(
     gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
 
 
+@gluon.jit
+def passes_kernel(
+    x_ptr,  # fp16 or bf16 [K]
+    codes_ptr,  # int16 [N/16, blocks, 16, 16]
+    scale_zeros_ptr,  # int32 [groups, N]
+    bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
+    out_ptr,  # fp16 or bf16 [N]
+    N,
+    K,
+    blocks,
+    HAS_BIAS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,  # a multiple of 64
+    PASSES: gl.constexpr,
+    STEP: gl.constexpr,  # blocks of 64 columns a warp and pass
+    PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Makes 16 numbers of w @ x + bias, in passes along K: while one is multiplied, the next one's weight comes."""
+    mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
+    BLOCKS: gl.constexpr = STEP * num_warps
+    first_row = gl.program_id(0) * ROWS
+    codes, words = load_weight(codes_ptr, scale_zeros_ptr, first_row, N, blocks, GROUP_SIZE, STEP, num_warps)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
+    x = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [PASSES, BLOCKS, 64], shared)
+    for i in gl.static_range(PASSES):
+        copy_blocks(x.index(i), x_ptr, 1, K, blocks, 1, BLOCKS, num_warps, i * BLOCKS)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+    barrier()
+    acc = gl.zeros([num_warps, ROWS, 8], gl.float32, mma)
+    for i in range(PASSES):
+        next_codes, next_words = load_weight(
+            codes_ptr, scale_zeros_ptr, first_row, N, blocks, GROUP_SIZE, STEP, num_warps, (i + 1) * BLOCKS
+        )
+        barrier()  # no thread needs another here; but the assembler would move the loads behind the products
+        acc = accumulate(acc, x.index(i), codes, words, 1, STEP, mma, num_warps)
+        codes, words = next_codes, next_words
+    store(gl.sum(acc, 0), bias_ptr, out_ptr, first_row, 1, N, HAS_BIAS, mma)
+
+
 def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
     """x @ w^T + bias for 1 to 16 tokens with an int4 weight, accumulated in float32; the same bits every time.
 
     Args:
         x: float16 or bfloat16 [..., K], with 1 to 16 tokens, on an NVIDIA GPU of sm_80 or newer. K is at most 8192,
-            with more than 8 tokens 4096.
+            with more than 8 tokens 4096, with one 32768.
         weight: of [N, K]; group size a multiple of 64.
         bias: floating [N].
 
@@ -133,11 +195,27 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     if not 1 <= m <= MOST_TOKENS:
         raise ValueError(f"x has shape {list(x.shape)}, this kernel multiplies 1 to {MOST_TOKENS} tokens of {k}")
     block_m = 1 if m == 1 else 8 if m <= 8 else 16
-    if k > min(MOST_COLUMNS, MOST_NUMBERS // block_m):
-        raise ValueError(
-            f"x has shape {list(x.shape)}, for {m} tokens K is at most {min(MOST_COLUMNS, MOST_NUMBERS // block_m)}"
-        )
+    most_columns = MOST_COLUMNS_IN_PASSES if m == 1 else min(MOST_COLUMNS, MOST_NUMBERS // block_m)
+    if k > most_columns:
+        raise ValueError(f"x has shape {list(x.shape)}, for {m} tokens K is at most {most_columns}")
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
+    if m == 1 and in_passes(n, k):
+        passes_kernel[(triton.cdiv(n, TILE_ROWS),)](
+            x_2d,
+            weight.codes,
+            weight.scale_zeros,
+            bias,
+            out,
+            n,
+            k,
+            weight.blocks,
+            HAS_BIAS=bias is not None,
+            GROUP_SIZE=weight.group_size,
+            PASSES=triton.cdiv(weight.blocks, PASS_BLOCKS),
+            **PASS,
+            **common.early_launch(),
+        )
+        return out.view(*x.shape[:-1], n)
     few_tokens_kernel[(triton.cdiv(n, TILE_ROWS),)](
         x_2d,
         weight.codes,
@@ -157,23 +235,31 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     return out.view(*x.shape[:-1], n)
 
 
+def in_passes(n: int, k: int) -> bool:
+    """Whether one token's product with a weight [n, k] is made in passes: rows too long for registers, or too many."""
+    return k > MOST_COLUMNS or (k >= 4096 and n * k >= 2**25)
+
+
 def check() -> Iterator[common.Check]:
     """The kernel's product against float64, where there is a GPU that can run it."""
     if not common.has_mma(common.DEVICE):
         yield "mma.sync needs an NVIDIA GPU of sm_80 or newer, and this machine has none", None
         return
     shapes = [(1, 40, 2048, 64), (3, 33, 384, 128), (8, 1000, 1600, 320), (5, 70, 8192, 128), (2, 4100, 4096, 4096)]
+    shapes += [(1, 8200, 4160, 64), (1, 33, 12800, 128)]  # in passes, the last of them with fewer blocks
     yield from common.check_matmul(matmul, prepare, shapes)
 
 
 WIDE = ((2304, 768), (768, 3072), (4800, 1600), (2048, 2048), (8192, 2048))  # N, K: GPT-2's, and two
 LONG = ((1600, 6400),)  # more columns than 16 tokens may have
+PASSED = ((8192, 8192),)
 
 
 def bench() -> list[common.Row]:
     """Times layers of GPT-2 124M and XL, and two more, beside torch's own fp16 matmul."""
     wide = common.bench_layers(matmul, prepare, WIDE, tokens=(1, 4, 8, 16), group_size=64)
-    return wide + common.bench_layers(matmul, prepare, LONG, tokens=(1, 4, 8), group_size=64)
+    long = common.bench_layers(matmul, prepare, LONG, tokens=(1, 4, 8), group_size=64)
+    return wide + long + common.bench_layers(matmul, prepare, PASSED, tokens=(1,), group_size=64)
 
 
 if __name__ == "__main__":

@@ -161,11 +161,12 @@ def load_weight(
     GROUP_SIZE: gl.constexpr,
     STEP: gl.constexpr,
     num_warps: gl.constexpr,
+    first_block=0,
 ):
     """Blocks w, w + num_warps, w + 2 num_warps, ... for warp w: STEP codes [W, ROWS, 4, 4], STEP scale_zeros [W, ROWS].
 
-    Blocks past the end are copies of the last one, with scales of 0. Rows past the end of N are not stored: they may
-    hold anything finite.
+    They are counted from first_block. Blocks past the end are copies of the last one, with scales of 0. Rows past the
+    end of N are not stored: they may hold anything finite.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [num_warps, 1, 1, 1], [3, 2, 1, 0])
     of_row: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))  # [W, ROWS]
@@ -182,12 +183,34 @@ def load_weight(
     codes = ()
     words = ()
     for i in gl.static_range(STEP):
-        block = i * num_warps + warp
+        block = first_block + i * num_warps + warp
         last = gl.minimum(block, blocks - 1)
         codes += (gl.load(ptrs + (last * 256)[:, None, None, None]),)
         group_ptrs = scale_zeros_ptr + (last * 64 // GROUP_SIZE * N)[:, None] + n[None, :]
         words += (gl.load(group_ptrs, mask=(block < blocks)[:, None], other=0),)
     return codes, words
+
+
+@gluon.jit
+def copy_blocks(
+    x,  # shared memory [at least USED * BLOCK_M, 64]
+    x_ptr,  # fp16 or bf16 [M, K]
+    M,
+    K,
+    blocks,
+    BLOCK_M: gl.constexpr,
+    USED: gl.constexpr,
+    num_warps: gl.constexpr,
+    first_block=0,
+):
+    """Asks for USED blocks of x from first_block on: all tokens of one, then of the next."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])  # 16 bytes a thread
+    row = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    block = gl.minimum(first_block + row // BLOCK_M, blocks - 1)
+    token = row % BLOCK_M
+    mask = ((token < M) & (row < USED * BLOCK_M))[:, None]
+    copy(x, x_ptr + (token * K + block * 64)[:, None] + column[None, :], mask)
 
 
 @gluon.jit
@@ -206,16 +229,10 @@ def share_tokens(
     token's result sees them.
     """
     BLOCKS: gl.constexpr = power_of_two_above(STEP * num_warps)
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])  # 16 bytes a thread
-    row = gl.arange(0, BLOCKS * BLOCK_M, layout=gl.SliceLayout(1, layout))
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    block = gl.minimum(row // BLOCK_M, blocks - 1)
-    token = row % BLOCK_M
-    mask = ((token < M) & (row < STEP * num_warps * BLOCK_M))[:, None]
     # Swizzled: the same columns of eight tokens lie in different banks.
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8 if BLOCK_M >= 8 else 1, [1, 0])
     x = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [BLOCKS * BLOCK_M, 64], shared)
-    copy(x, x_ptr + (token * K + block * 64)[:, None] + column[None, :], mask)
+    copy_blocks(x, x_ptr, M, K, blocks, BLOCK_M, STEP * num_warps, num_warps)
     async_copy.commit_group()
     async_copy.wait_group(0)
     barrier()
@@ -311,18 +328,26 @@ def multiply(
 ):
     """ROWS rows of w x^T, summed over K and over the warps: fp32 [ROWS, TOKENS], TOKENS = 8 for a single one."""
     TOKENS: gl.constexpr = 8 if BLOCK_M == 1 else BLOCK_M
-    X_ROWS: gl.constexpr = num_warps * BLOCK_M
     acc = gl.zeros([num_warps, ROWS, TOKENS], gl.float32, mma)
+    return gl.sum(accumulate(acc, x, codes, words, BLOCK_M, STEP, mma, num_warps), 0)
+
+
+@gluon.jit
+def accumulate(
+    acc, x, codes, words, BLOCK_M: gl.constexpr, STEP: gl.constexpr, mma: gl.constexpr, num_warps: gl.constexpr
+):
+    """acc, fp32 [W, ROWS, TOKENS], and the products of `multiply`, not yet summed over the warps."""
+    X_ROWS: gl.constexpr = num_warps * BLOCK_M
     for i in gl.static_range(STEP):
         w0, w1, w2, w3, scale = left_operands(codes[i], words[i], x.dtype, mma)
-        x0, x1, x2, x3 = four_slices(x.slice(i * X_ROWS, X_ROWS), num_warps, TOKENS)
+        x0, x1, x2, x3 = four_slices(x.slice(i * X_ROWS, X_ROWS), num_warps, acc.shape[2])
         part = gl.zeros(acc.shape, gl.float32, mma)
         part = mma_v2(w0, as_right(x0, mma), part)
         part = mma_v2(w1, as_right(x1, mma), part)
         part = mma_v2(w2, as_right(x2, mma), part)
         part = mma_v2(w3, as_right(x3, mma), part)
         acc += part * scale
-    return gl.sum(acc, 0)
+    return acc
 
 
 @gluon.jit

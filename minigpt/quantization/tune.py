@@ -240,7 +240,7 @@ def make_optimizer(model: GPT) -> torch.optim.Adam:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
-    return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON)
+    return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
 
 
 def rate(step: int, steps: int) -> float:
@@ -280,9 +280,10 @@ def differentiate(model: GPT, reference: GPT, tokens: Tensor) -> None:
     Logits are large (50,257 numbers a position): they are made, differentiated and let go a window at a time, down to
     the residual stream after ln_f, and the blocks are differentiated once, for all windows.
     """
-    with torch.no_grad():
-        targets = reference.hidden(tokens)  # [B, T, C]
-    hidden = model.hidden(tokens)  # [B, T, C]
+    with in_bfloat16(tokens.device):
+        with torch.no_grad():
+            targets = reference.hidden(tokens)  # [B, T, C]
+        hidden = model.hidden(tokens)  # [B, T, C]
     windows = [window.detach().requires_grad_() for window in hidden]  # B times [T, C]
     for window, target in zip(windows, targets, strict=True):
         (divergence(model, reference, window, target) / tokens.numel()).backward()
@@ -319,6 +320,16 @@ def restore(model: GPT, state: dict[str, Tensor]) -> None:
     for name, tensor in state.items():
         model.get_parameter(name).copy_(tensor)
     model.requires_grad_(False)
+
+
+def in_bfloat16(device: torch.device) -> torch.autocast:
+    """The blocks' products in bfloat16, on a GPU that has it, which halves their time.
+
+    Their rounding moves the demo's predictions by a divergence of 0.00003. The output layer would not bear it: logits
+    of 20 are then 0.06 apart or more.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=native)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,14 @@ def lesson_17(dtype, m, n, k):
     return lesson.few_tokens_kernel, pointers, options
 
 
+def lesson_17_in_passes(dtype, group_size, k):
+    from kernels import k17_few_tokens as lesson
+
+    pointers = {"x_ptr": dtype, **WEIGHT, "bias_ptr": dtype, "out_ptr": dtype}
+    passes = -(-k // 64 // lesson.PASS_BLOCKS)
+    return lesson.passes_kernel, pointers, {"HAS_BIAS": True, "GROUP_SIZE": group_size, "PASSES": passes, **lesson.PASS}
+
+
 def lesson_18(way, m, k):
     """way: norm, gelu (norm and GELU) or add."""
     from kernels import k18_fused_layers as lesson
@@ -103,6 +111,8 @@ def gluon_variants():
     for m, k in ((16, 4096), (1, 6400), (8, 6400)):
         yield 90, m, k, lesson_17("fp16", m, 1600, k)
     yield 90, 8, 1600, lesson_17("bf16", 8, 4800, 1600)
+    for dtype, group_size, k in (("fp16", 64, 8192), ("fp16", 128, 4096), ("bf16", 8192, 8192)):
+        yield 90, 1, k, lesson_17_in_passes(dtype, group_size, k)
     for way, m, k in (("norm", 1, 768), ("gelu", 1, 1600), ("add", 8, 1280), ("add", 8, 3072), ("add", 8, 6400)):
         yield 90, m, k, lesson_18(way, m, k)
     for heads, length in JOINED:
@@ -111,6 +121,7 @@ def gluon_variants():
         yield 90, m, k, lesson_20(m, k)
     for arch in SHARED_MEMORY:
         yield arch, 1, 6400, lesson_17("fp16", 1, 1600, 6400)
+        yield arch, 1, 32768, lesson_17_in_passes("fp16", 64, 32768)
         yield arch, 8, 1600, lesson_18("gelu", 8, 1600)
         yield arch, 8, 3072, lesson_18("add", 8, 3072)
         yield arch, 1, 6400, lesson_18("add", 1, 6400)
@@ -139,12 +150,14 @@ def triton_variants():
 def compile_gluon(arch, m, k, variant):
     """Compiles a Gluon kernel; what it takes, and how it loads the weight's codes."""
     import triton
-    from compile_kernels import resource_usage
+    from compile_kernels import machine_code, resource_usage
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel, pointers, options = variant
-    options = {**options, "PDL": arch >= 90, **({"M": 1} if m == 1 else {})}  # an argument of 1 is compiled in
+    options = {**options, "PDL": arch >= 90}
+    if m == 1 and "M" in kernel.arg_names:
+        options["M"] = 1  # an argument of 1 is compiled in
     types = {name: f"*{pointed}" for name, pointed in pointers.items()}
     types |= {"eps": "fp32"} | dict.fromkeys(options, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
@@ -163,13 +176,14 @@ def compile_gluon(arch, m, k, variant):
         "m": m,
         "k": k,
         "step": options["STEP"],
-        "passes": options.get("PASSES", 1),
+        "passes": options.get("PASSES", 1) if kernel.__name__ == "output_kernel" else 1,  # written out
         **resource_usage(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "mma": len(re.findall(r"\bmma\.sync\.aligned\.m16n8k16", ptx)),
         "codes_before": len(re.findall(rf"ld\.global\.v{width}\.b32", before)),
         "codes_behind": len(re.findall(rf"ld\.global\.v{width}\.b32", behind)),
         "scales_before": len(re.findall(r"ld\.global\.b32", before)),
+        "order": "".join(re.findall(r"\b(LDG|HMMA)\b", machine_code(compiled.asm["cubin"]))),
     }
 
 
@@ -272,7 +286,17 @@ def test_the_weight_is_asked_for_before_the_wait(compiled):
     for result in [result for result in compiled["gluon"] if result["arch"] >= 90]:
         assert result["codes_before"] == 2 * result["step"], result
         if result["kernel"] != "output_kernel":
-            assert result["scales_before"] >= 2 * result["step"] and result["codes_behind"] == 0, result
+            later = 2 * result["step"] if result["kernel"] == "passes_kernel" else 0  # the next pass's
+            assert result["scales_before"] >= 2 * result["step"] and result["codes_behind"] == later, result
+
+
+def test_the_next_pass_is_asked_for_before_this_one_is_multiplied(compiled):
+    """Lesson 17 in passes: in the machine code, where the assembler would rather have it the other way round."""
+    results = [result for result in compiled["gluon"] if result["kernel"] == "passes_kernel"]
+    assert results
+    for result in results:
+        loads = 4 * result["step"]  # of codes and scales
+        assert re.fullmatch(rf"(LDG){{{2 * loads}}}(HMMA){{{4 * result['step']}}}(LDG)*", result["order"]), result
 
 
 def test_lesson_19_has_its_keys_and_values_before_the_wait(compiled):

@@ -95,6 +95,23 @@ def test_few_tokens_of_many_columns(canary, m, k, symmetric):
 
 @needs_mma
 @pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(1, 8256), (47, 8320), (100, 32768), (8200, 4096), (4100, 8192), (6001, 7232)])
+@pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_token_in_passes(canary, n, k, dtype, symmetric):
+    """16 blocks of 64 columns a pass; the last pass, and the last tile of rows, are whole or only partly used."""
+    assert k17_few_tokens.in_passes(n, k)
+    x, weight, bias, expected = few_tokens_problem(1, n, k, 64, dtype, symmetric=symmetric)
+    canary.outputs.clear()
+    out = k17_few_tokens.matmul(x, weight, bias)
+    canary.check()
+    assert common.relative_error(out, expected) < common.tolerance(dtype)
+    assert common.relative_error(k17_few_tokens.matmul(x, weight), expected - bias.double()) < common.tolerance(dtype)
+    assert torch.equal(k17_few_tokens.matmul(x, weight, bias), out)
+
+
+@needs_mma
+@pytest.mark.gpu
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("m", [2, 8, 13])
 def test_tokens_do_not_see_each_other(m, value):
