@@ -13,21 +13,18 @@ two nibbles; masking out the low ones of a whole tile gives one operand, the hig
 So columns 0 to 31 and 32 to 63 of a block alternate, and a thread that loads eight neighbours of each half, 16 bytes
 twice, has 16 neighbours of x8: nothing changes threads.
 
-Row scales do not depend on x. They are worked out when a weight is first met, and remembered as long as it lives: 4
-bytes more for each group of each row. What is to be captured in a graph, or compiled by torch.compile with
-mode="reduce-overhead", should have met its weight before, outside: the graph's own memory is no place to remember in.
+Row scales do not depend on x: `prepare` makes them. A group's scale as a multiple of its row's, what w8 is made with,
+the products' kernels work out for themselves, a few instructions a group.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from kernels import common
-from kernels.prepared import BLOCK, ONE_KILO, PreparedWeight
+from kernels.prepared import BLOCK
 
-ROW_SCALES = WeakTensorKeyDictionary()  # a weight's scale_zeros -> what `scale_rows` made of them
 # With more, early programs cost more than they gain: 3% of 200 us at 2048 tokens of 8192 columns (attempts.json).
 EARLY_NUMBERS = 2**22
 
@@ -65,45 +62,18 @@ def quantize_kernel(
     tl.store(token_scales_ptr + token, scale)
 
 
-def scale_rows(weight: PreparedWeight) -> tuple[Tensor, Tensor]:
-    """The scales of the weight's rows, and its groups' scales as multiples of them.
-
-    Returns:
-        ratio_zeros: int32 [groups, N], the weight's scale_zeros with scale / row_scale for the scales.
-        row_scales: float32 [N].
-    """
-    scales = (weight.scale_zeros & 0xFFFF).to(torch.int16).view(torch.float16).float()
-    zeros = (weight.scale_zeros >> 16).to(torch.int16).view(torch.float16).float() - ONE_KILO
-    # A code lies at most max(zero, 15 - zero) steps from its zero. Where there is no group the scale is 0.
-    row_scales = (scales.abs() * torch.maximum(zeros, 15 - zeros)).amax(0) / 127
-    ratios = (scales / row_scales.clamp_min(1e-30)).half().view(torch.int16).int() & 0xFFFF
-    return weight.scale_zeros & -65536 | ratios, row_scales
-
-
-def quantize_activations(x: Tensor, weight: PreparedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Quantizes tokens to int8, and finds the row scales of the weight that they will meet.
-
-    A kernel that is launched next, and early (lesson 9), may read ratio_zeros and row_scales before it waits.
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantizes tokens to int8.
 
     Args:
         x: float16 or bfloat16 [M, K], contiguous.
-        weight: of [N, K]; its scales must not be changed in place afterwards.
 
     Returns:
         x8: int8 [M, K rounded up to 64], in the order above, zeros past the end of K.
         token_scales: float32 [M].
-        ratio_zeros, row_scales: see `scale_rows`.
     """
     m, k = x.shape
-    width = weight.blocks * BLOCK
-    launch = common.early_launch()
-    factors: tuple[Tensor, Tensor] | None = ROW_SCALES.get(weight.scale_zeros)
-    if factors is None:
-        factors = scale_rows(weight)
-        launch = {"PDL": False}  # neither this launch nor the next before they are there
-        # What a CUDA graph that is being captured works out is not there before it is replayed.
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-            ROW_SCALES[weight.scale_zeros] = factors
+    width = triton.cdiv(k, BLOCK) * BLOCK
     x8 = torch.empty((m, width), dtype=torch.int8, device=x.device)
     token_scales = torch.empty(m, dtype=torch.float32, device=x.device)
     half = triton.next_power_of_2(width // 2)
@@ -116,6 +86,6 @@ def quantize_activations(x: Tensor, weight: PreparedWeight) -> tuple[Tensor, Ten
         HALF=half,
         EARLY=x.numel() <= EARLY_NUMBERS,
         num_warps=min(16, max(1, half // 512)),  # 16 columns of each half a thread
-        **launch,
+        **common.early_launch(),
     )
-    return x8, token_scales, *factors
+    return x8, token_scales

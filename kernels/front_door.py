@@ -206,9 +206,7 @@ def matmul(
         if not (HAS_TRITON and x.is_cuda):
             return matmul_reference(x, weight, bias, activation_bits)
         weight = prepare(weight)
-    return torch.ops.minigpt.int4_matmul(
-        x, weight.codes, weight.scale_zeros, weight.in_features, weight.group_size, bias, activation_bits
-    )
+    return torch.ops.minigpt.int4_matmul(x, *weight, bias, activation_bits)
 
 
 def matmul_int8(x: Tensor, weight: Int8Weight) -> Tensor:
@@ -279,8 +277,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
 # (results/attempts.json).
 LIBRARY = torch.library.Library("minigpt", "DEF")
 LIBRARY.define(
-    "int4_matmul(Tensor x, Tensor codes, Tensor scale_zeros, int in_features, int group_size, Tensor? bias, "
-    "int activation_bits) -> Tensor"
+    "int4_matmul(Tensor x, Tensor codes, Tensor scale_zeros, Tensor row_scales, int in_features, int group_size, "
+    "Tensor? bias, int activation_bits) -> Tensor"
 )
 LIBRARY.define("int8_matmul(Tensor x, Tensor codes, Tensor scales) -> Tensor")
 
@@ -290,13 +288,14 @@ def int4_matmul(
     x: Tensor,
     codes: Tensor,
     scale_zeros: Tensor,
+    row_scales: Tensor,
     in_features: int,
     group_size: int,
     bias: Tensor | None,
     activation_bits: int,
 ) -> Tensor:
     """`matmul` with a prepared weight, as the operator torch.ops.minigpt.int4_matmul over plain tensors and numbers."""
-    weight = PreparedWeight(codes, scale_zeros, in_features, group_size)
+    weight = PreparedWeight(codes, scale_zeros, row_scales, in_features, group_size)
     m, n = x.numel() // in_features, weight.out_features
     if m == 0:
         return x.new_empty((*x.shape[:-1], n))

@@ -14,7 +14,8 @@ NEW: rounding for nothing. fp16 numbers from 1024 to 2048 are 1 apart, so
     fma(code - zero, scale / row_scale, 1536)
 
 rounds the product to a whole number, and leaves it, as an int8, in the low byte of 1536 + w8. Two half-words' worth
-of bytes are then picked together by one `prmt`. 15 instructions for eight weights.
+of bytes are then picked together by one `prmt`. 15 instructions for eight weights. scale / row_scale is made in the
+loop, by three for a row's weights of a step: a weight comes with its row scales, 4 bytes each (prepared.py).
 
 THE PRICE. Accuracy: activations are off by up to max |x| / 254, so for normal numbers, K = 8192, about 0.9% of their
 size, and the weight's second rounding adds about half as much: 1% together, beside the 10% that int4 weights are off
@@ -60,12 +61,14 @@ TOLERANCE = 0.02  # relative error; see THE PRICE
 
 
 @triton.jit
-def requantize(byte, word, ASM: tl.constexpr):
-    """Two codes a byte -> two int8: round((code - zero) * ratio) of the low ones, and of the high ones.
+def requantize(byte, word, inverse, ASM: tl.constexpr):
+    """Two codes a byte -> two int8: round((code - zero) * scale / row_scale) of the low ones, and of the high ones.
 
-    byte: int8 [BLOCK_N, BLOCK_K/2]; word: ratio_zeros of the same shape; for the assembly one word serves four bytes.
+    byte: int8 [BLOCK_N, BLOCK_K/2]; word: scale_zeros [BLOCK_N, 1 or BLOCK_K/2], for the assembly one a row; inverse:
+    fp32 1 / row_scale [BLOCK_N, 1].
     """
-    ratio = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    scale = (word & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    ratio = scale.to(tl.float32) * inverse
     zero = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True)  # 1024 + zero
     if ASM:  # four bytes at a time; the codes of bytes 0 and 2 in one register, of 1 and 3 in another
         low, high = tl.inline_asm_elementwise(
@@ -93,14 +96,13 @@ def requantize(byte, word, ASM: tl.constexpr):
             mov.b32 $0, e0;
             }""",
             "=r,=r,r,r,r,r,r",
-            [byte, ratio, zero],
+            [byte, ratio.to(tl.float16).broadcast_to(byte.shape), zero.broadcast_to(byte.shape)],
             dtype=(tl.int8, tl.int8),
             is_pure=True,
             pack=4,
         )
     else:
         zero = zero.to(tl.float32) - 1024.0
-        ratio = ratio.to(tl.float32)
         low = (((byte & 0xF).to(tl.float32) - zero) * ratio + 12582912.0 - 12582912.0).to(tl.int8)
         high = ((((byte >> 4) & 0xF).to(tl.float32) - zero) * ratio + 12582912.0 - 12582912.0).to(tl.int8)
     return low, high
@@ -111,7 +113,7 @@ def w4a8_kernel(
     x8_ptr,  # int8 [M, 64 * blocks]
     token_scales_ptr,  # fp32 [M]
     codes_ptr,  # int8 [N/16, blocks, 16, 32]: the bytes of the half-words
-    ratio_zeros_ptr,  # int32 [groups, N]: fp16 scale / row_scale, fp16 1024 + zero
+    scale_zeros_ptr,  # int32 [groups, N]
     row_scales_ptr,  # fp32 [N]
     bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
     out_ptr,  # fp16 or bf16 [M, N]
@@ -145,21 +147,22 @@ def w4a8_kernel(
     x8_ptrs = x8_ptr + rows_m.to(tl.int64)[None, :] * (blocks * 64) + (b // 32 * 64 + b % 32)[:, None]
     column = b // 32 * 64 + b % 2 * 32 + b % 32 // 2  # of the low nibbles; the high ones' lie 16 further
 
+    row_scales = tl.load(row_scales_ptr + rows_n)[:, None]
+    inverse = 1.0 / tl.maximum(row_scales, 1e-30)  # a row of zeros has the row scale 0
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     for k in range(0, blocks * 64, BLOCK_K):
         byte = tl.load(codes_ptrs + k // 64 * 512)
-        if GROUP_SIZE % BLOCK_K == 0:  # a ratio and a zero for the whole step
-            word = tl.load(ratio_zeros_ptr + k // GROUP_SIZE * N + rows_n)[:, None].broadcast_to(byte.shape)
-            low, high = requantize(byte, word, ASM)
+        word_ptrs = scale_zeros_ptr + rows_n[:, None]
+        if GROUP_SIZE % BLOCK_K == 0:  # a scale and a zero for the whole step
+            low, high = requantize(byte, tl.load(word_ptrs + k // GROUP_SIZE * N), inverse, ASM)
         else:  # one for each byte's low nibble, and one for its high one
-            word_ptrs = ratio_zeros_ptr + rows_n[:, None]
-            low, _ = requantize(byte, tl.load(word_ptrs + ((k + column) // GROUP_SIZE * N)[None, :]), False)
-            _, high = requantize(byte, tl.load(word_ptrs + ((k + column + 16) // GROUP_SIZE * N)[None, :]), False)
+            low, _ = requantize(byte, tl.load(word_ptrs + ((k + column) // GROUP_SIZE * N)[None, :]), inverse, False)
+            words = tl.load(word_ptrs + ((k + column + 16) // GROUP_SIZE * N)[None, :])
+            _, high = requantize(byte, words, inverse, False)
         acc = tl.dot(low, tl.load(x8_ptrs + k), acc, out_dtype=tl.int32)
         acc = tl.dot(high, tl.load(x8_ptrs + k + 32), acc, out_dtype=tl.int32)
 
-    out = acc.to(tl.float32) * tl.load(token_scales_ptr + rows_m)[None, :]
-    out *= tl.load(row_scales_ptr + rows_n)[:, None]
+    out = acc.to(tl.float32) * tl.load(token_scales_ptr + rows_m)[None, :] * row_scales
     if HAS_BIAS:
         out += tl.load(bias_ptr + rows_n).to(tl.float32)[:, None]
     out_ptrs = out_ptr + offs_m.to(tl.int64)[None, :] * N + offs_n[:, None]
@@ -195,15 +198,15 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out.view(*x.shape[:-1], n)
-    x8, token_scales, ratio_zeros, row_scales = quantize_activations(x_2d, weight)
+    x8, token_scales = quantize_activations(x_2d)
     options = launch_options(m, weight.group_size)
     grid = (triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"]),)
     w4a8_kernel[grid](
         x8,
         token_scales,
         weight.codes.view(torch.int8),
-        ratio_zeros,
-        row_scales,
+        weight.scale_zeros,
+        weight.row_scales,
         bias,
         out,
         m,

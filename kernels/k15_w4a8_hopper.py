@@ -63,7 +63,7 @@ from kernels import common
 from kernels.activations import quantize_activations
 from kernels.prepared import BLOCK, PreparedWeight, prepare
 from kernels.rings import describe_swizzled, load_tile
-from kernels.row_tiles import make_operand
+from kernels.row_tiles import invert, make_operand
 
 BLOCK_N = 128  # 64 outputs for each of two warpgroups
 TOLERANCE = 0.02  # relative error, as in lesson 13
@@ -83,7 +83,7 @@ def producer(x_desc, x_tiles, full, empty, row, steps, STAGES: gl.constexpr):
 @gluon.jit
 def consumer(shared, WARPGROUP: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP_SIZE: gl.constexpr, STAGES: gl.constexpr):
     """NEW: one warpgroup, on its own: makes 64 of the tile's outputs."""
-    x_tiles, full, empty, token_scales_ptr, codes_ptr, ratio_zeros_ptr, row_scales_ptr, bias_ptr, out_ptr = shared[:9]
+    x_tiles, full, empty, token_scales_ptr, codes_ptr, scale_zeros_ptr, row_scales_ptr, bias_ptr, out_ptr = shared[:9]
     pid_m, pid_n, steps, M, N, blocks = shared[9:]
     BLOCK_M: gl.constexpr = x_tiles.shape[1]
     ROWS: gl.constexpr = 64
@@ -97,26 +97,28 @@ def consumer(shared, WARPGROUP: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP_SIZE
     j = gl.arange(0, 16, layout=gl.SliceLayout(0, left16))
     row_starts = (rows // 16).to(gl.int64) * (blocks * 256) + rows % 16 * 16
     codes_ptrs = codes_ptr + row_starts[:, None] + j[None, :]  # [ROWS, 16]
-    ratio_zeros_ptrs = ratio_zeros_ptr + rows  # [ROWS]
+    scale_zeros_ptrs = scale_zeros_ptr + rows  # [ROWS]
 
-    # Codes do not depend on the launch before; the ratios are its work.
+    # The weight does not depend on the launch before.
+    row_scales = gl.load(row_scales_ptr + rows)
+    inverses = invert(row_scales)
     codes = ()
-    for stage in gl.static_range(STAGES):
-        codes += (gl.load(codes_ptrs + gl.minimum(stage, blocks - 1) * 256),)
-    gdc_wait()
     words = ()
     for stage in gl.static_range(STAGES):
-        words += (gl.load(ratio_zeros_ptrs + gl.minimum(stage, blocks - 1) * 64 // GROUP_SIZE * N),)
+        block = gl.minimum(stage, blocks - 1)
+        codes += (gl.load(codes_ptrs + block * 256),)
+        words += (gl.load(scale_zeros_ptrs + block * 64 // GROUP_SIZE * N),)
+    gdc_wait()
 
     acc = gl.zeros([ROWS, BLOCK_M], gl.int32, mma8)
     for start in range(0, steps, STAGES):
         next_codes = ()
         next_words = ()
         for stage in gl.static_range(STAGES):
-            w8 = make_operand(codes[stage], words[stage], left16, left8)
+            w8 = make_operand(codes[stage], words[stage], inverses, left16, left8)
             block = gl.minimum(start + stage + STAGES, blocks - 1)
             next_codes += (gl.load(codes_ptrs + block * 256),)
-            next_words += (gl.load(ratio_zeros_ptrs + block * 64 // GROUP_SIZE * N),)
+            next_words += (gl.load(scale_zeros_ptrs + block * 64 // GROUP_SIZE * N),)
             mbarrier.wait(full.index(stage), start // STAGES & 1)
             acc = warpgroup_mma(w8, x_tiles.index(stage).permute([1, 0]), warpgroup_mma_init(acc), is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -128,7 +130,8 @@ def consumer(shared, WARPGROUP: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP_SIZE
 
     rows8 = gl.minimum(first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma8)), N - 1)
     tokens8 = gl.minimum(pid_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma8)), M - 1)
-    out = acc.to(gl.float32) * gl.load(token_scales_ptr + tokens8)[None, :] * gl.load(row_scales_ptr + rows8)[:, None]
+    row_scales = gl.convert_layout(row_scales, gl.SliceLayout(1, mma8), assert_trivial=True)
+    out = acc.to(gl.float32) * gl.load(token_scales_ptr + tokens8)[None, :] * row_scales[:, None]
     if HAS_BIAS:
         out += gl.load(bias_ptr + rows8).to(gl.float32)[:, None]
     layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
@@ -144,7 +147,7 @@ def w4a8_hopper_kernel(
     x_desc,  # int8 [M, 64 * blocks], read in tiles [BLOCK_M, 64]; what lies outside reads as 0
     token_scales_ptr,  # fp32 [M]
     codes_ptr,  # int16 [N/16, blocks, 16, 16]
-    ratio_zeros_ptr,  # int32 [groups, N]: fp16 scale / row_scale, fp16 1024 + zero
+    scale_zeros_ptr,  # int32 [groups, N]
     row_scales_ptr,  # fp32 [N]
     bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
     out_ptr,  # fp16 or bf16 [M, N]
@@ -177,7 +180,7 @@ def w4a8_hopper_kernel(
         mbarrier.init(empty.index(stage), count=2)  # NEW: both warpgroups must be done with it
     fence_async_shared()
 
-    shared = (x_tiles, full, empty, token_scales_ptr, codes_ptr, ratio_zeros_ptr, row_scales_ptr, bias_ptr, out_ptr)
+    shared = (x_tiles, full, empty, token_scales_ptr, codes_ptr, scale_zeros_ptr, row_scales_ptr, bias_ptr, out_ptr)
     shared += (pid_m, pid_n, steps, M, N, blocks)
     gl.warp_specialize(
         [
@@ -221,14 +224,14 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out.view(*x.shape[:-1], n)
-    x8, token_scales, ratio_zeros, row_scales = quantize_activations(x_2d, weight)
+    x8, token_scales = quantize_activations(x_2d)
     height = block_m(m, n)
     w4a8_hopper_kernel[(triton.cdiv(m, height) * triton.cdiv(n, BLOCK_N),)](
         describe_swizzled(x8, (height, BLOCK)),
         token_scales,
         weight.codes,
-        ratio_zeros,
-        row_scales,
+        weight.scale_zeros,
+        weight.row_scales,
         bias,
         out,
         m,

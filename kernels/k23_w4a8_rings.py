@@ -3,19 +3,18 @@
 Run it:  python -m kernels.k23_w4a8_rings --check     (against float64; needs a Hopper GPU, H100 or H200)
          python -m kernels.k23_w4a8_rings --bench
 
-THE IDEA. Lesson 15 has lesson 12's weakness: tiles for thousands of tokens, and codes and ratios that its warps fetch
+THE IDEA. Lesson 15 has lesson 12's weakness: tiles for thousands of tokens, and codes and scales that its warps fetch
 themselves. It never took less than 12 microseconds. Here lesson 22's machinery does lesson 13's arithmetic: a producer
-warp has the copy engine fill a ring of x8 and a ring of codes and ratios, the latter ahead of the launch before. Two
+warp has the copy engine fill a ring of x8 and a ring of codes and scales, the latter ahead of the launch before. Two
 warpgroups make operands and multiply, in one of two ways:
 
     rows of their own    128 rows by 128 or 256 tokens: each makes 64 rows, and never minds the other
     sharing K            64 rows by 16 to 128 tokens: each takes every second step; the first adds what the second has
 
 NEW: a step is four blocks, 256 columns. A warpgroup makes the operand of one block while the tensor cores still
-multiply the one before, so it waits for barriers a quarter as often. NEW: row scales and ratios do not depend on x.
-They are worked out once for each weight (activations.py), so the pass over x only reads x, and this kernel may fetch
-them before it waits. The scales of tokens and rows and the biases are fetched by the producer, too, while the last
-products run: nothing waits for memory after them.
+multiply the one before, so it waits for barriers a quarter as often. Row scales do not depend on x: each thread reads
+those of its two rows before anything else, and makes each group's scale a multiple of them when it comes. The scales of
+tokens and the biases are fetched by the producer, while the last products run: nothing waits for memory after them.
 
 THE PRICE. 8192 x 8192, 512 tokens: 128 programs of 128 x 256 x 8192 products, 65,536 clocks of a multiprocessor's
 tensor cores: 37 microseconds. Each reads 2 MB of x8 and 0.5 MB of weight, from the L2 cache all but the first time:
@@ -27,7 +26,7 @@ WHO READS WHAT. Lesson 15's operands from lesson 22's boxes. A step in shared me
 
     x8        two boxes [BLOCK_M, 128], 128 bytes a row, swizzled as wgmma wants them; a block is half a box's columns
     codes     one box int16 [4, rows / 16, 256]: a warpgroup's 64 rows of a block lie together
-    ratios    one box int32 [groups, rows]
+    scales    one box int32 [groups, rows], as in lesson 22
 
 Blocks past the end of K, rows past the end of N and tokens past the end of M read as zeros.
 
@@ -90,7 +89,7 @@ from kernels.activations import quantize_activations
 from kernels.parts import add_up
 from kernels.prepared import BLOCK, PreparedWeight, prepare
 from kernels.rings import describe_swizzled, describe_weight, fetch_weight, load_tile, plain_plane
-from kernels.row_tiles import make_operand
+from kernels.row_tiles import invert, make_operand
 
 TOLERANCE = 0.02  # relative error, as in lesson 13
 ROWS = gl.constexpr(64)  # what a warpgroup's wgmma makes
@@ -121,17 +120,22 @@ def groups_of(group_size):
     return max(1, WIDE.value * 64 // group_size) if even(group_size) else 2
 
 
+@gluon.constexpr_function
+def accumulator(tokens, depth):
+    """How the sums of a warpgroup's products, `depth` columns each, lie; Triton issues int8 ones up to 128 wide."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, min(tokens, 128), depth])
+
+
 @gluon.jit
 def fetch_factors(factors, factor_ptrs, row, tile, M, N, HAS_BIAS: gl.constexpr):
-    """The scales of the program's tokens and rows, and its biases, into shared memory."""
-    token_scales, row_scales, biases, fetched = factors
-    token_scales_ptr, row_scales_ptr, bias_ptr = factor_ptrs
+    """The scales of the program's tokens, and its biases, into shared memory."""
+    token_scales, biases, fetched = factors
+    token_scales_ptr, bias_ptr = factor_ptrs
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     tokens = gl.minimum(row + gl.arange(0, token_scales.shape[0], layout=layout), M - 1)
-    rows = gl.minimum(tile * row_scales.shape[0] + gl.arange(0, row_scales.shape[0], layout=layout), N - 1)
     token_scales.store(gl.load(token_scales_ptr + tokens))
-    row_scales.store(gl.load(row_scales_ptr + rows))
     if HAS_BIAS:
+        rows = gl.minimum(tile * biases.shape[0] + gl.arange(0, biases.shape[0], layout=layout), N - 1)
         biases.store(gl.load(bias_ptr + rows).to(gl.float32))
     mbarrier.arrive(fetched, count=1)
 
@@ -140,7 +144,7 @@ def fetch_factors(factors, factor_ptrs, row, tile, M, N, HAS_BIAS: gl.constexpr)
 def producer(fetching, x_ring, weight_ring, factors, given, HAS_BIAS: gl.constexpr, GROUP_SIZE: gl.constexpr):
     """One warp, which keeps both rings full."""
     x_desc, codes_desc, words_desc, factor_ptrs = fetching
-    _, pid_m, tile, first, steps, M, N = given
+    _, _, pid_m, tile, first, steps, M, N = given
     row = pid_m * x_desc.block_type.shape[0]
     x_tiles, full, empty = x_ring
     STAGES: gl.constexpr = full.shape[0]
@@ -167,6 +171,7 @@ def producer(fetching, x_ring, weight_ring, factors, given, HAS_BIAS: gl.constex
 def multiply(
     x_ring,
     weight_ring,
+    row_scales,
     first,
     steps,
     GROUP_SIZE: gl.constexpr,
@@ -187,11 +192,10 @@ def multiply(
     # One block after another, as the products want them: the same bytes.
     code_blocks = codes._reinterpret(gl.int16, [SLOTS * WIDE * TEAMS, ROWS // 16, 256], plain_plane(16))
     word_groups = words._reinterpret(gl.int32, [SLOTS * GROUPS * TEAMS, 1, ROWS], plain_plane(32))
-    WIDTH: gl.constexpr = BLOCK_M if BLOCK_M < 128 else 128  # the widest int8 product that Triton issues
-    mma16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
-    mma8: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 32])
-    left16: gl.constexpr = gl.DotOperandLayout(0, mma16, 2)
+    mma8: gl.constexpr = accumulator(BLOCK_M, 32)
+    left16: gl.constexpr = gl.DotOperandLayout(0, accumulator(BLOCK_M, 16), 2)
     left8: gl.constexpr = gl.DotOperandLayout(0, mma8, 4)
+    inverses = gl.convert_layout(invert(row_scales), gl.SliceLayout(1, left16), assert_trivial=True)
     LOOK_AHEAD: gl.constexpr = BLOCK_M < 256  # there are registers left to see a product through the loop's end
     gl.assume(steps >= SHARES)  # or the assembler would wait after each product: see lesson 22
     acc = warpgroup_mma_init(gl.zeros([ROWS, BLOCK_M], gl.int32, mma8))
@@ -204,16 +208,16 @@ def multiply(
             of_block = code_blocks.index((slot * WIDE + j) * TEAMS + TEAM).reshape([ROWS, 16])
             half_words += (of_block.load(left16),)
         block = (first + step) * WIDE
-        ratio_zeros = ()
+        scale_zeros = ()
         for j in gl.static_range(WIDE):
             if even(GROUP_SIZE):
                 group = j * GROUPS // WIDE
             else:  # a group may begin anywhere in the step
                 group = (block + j) * 64 // GROUP_SIZE - block * 64 // GROUP_SIZE
             of_group = word_groups.index((slot * GROUPS + group) * TEAMS + TEAM).reshape([ROWS])
-            ratio_zeros += (of_group.load(gl.SliceLayout(1, left16)),)
+            scale_zeros += (of_group.load(gl.SliceLayout(1, left16)),)
         for j in gl.static_range(WIDE):
-            w8 = make_operand(half_words[j], ratio_zeros[j], left16, left8)
+            w8 = make_operand(half_words[j], scale_zeros[j], inverses, left16, left8)
             if j == 0:
                 mbarrier.wait(x_full.index(stage), step // STAGES & 1)
             x8 = x_tiles.index(stage * (WIDE // 2) + j // 2).slice(j % 2 * 64, 64, dim=1)
@@ -230,23 +234,22 @@ def multiply(
 
 
 @gluon.jit
-def store(acc, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS: gl.constexpr, WHICH: gl.constexpr):
+def store(acc, row_scales, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS: gl.constexpr, WHICH: gl.constexpr):
     """Writes int32 [ROWS, BLOCK_M], scaled, + bias to out, 8 neighbours along N a thread: 16 bytes.
 
     A part, fp32, goes out as it lies in the registers, as in lesson 22.
     """
-    token_scales, row_scales, biases, fetched = factors
+    token_scales, biases, fetched = factors
     BLOCK_M: gl.constexpr = acc.shape[1]
     mma: gl.constexpr = acc.type.layout
     mbarrier.wait(fetched, 0)
-    out = acc.to(gl.float32) * token_scales.load(gl.SliceLayout(0, mma))[None, :]
-    out *= row_scales.slice(WHICH * ROWS, ROWS).load(gl.SliceLayout(1, mma))[:, None]
+    out = acc.to(gl.float32) * token_scales.load(gl.SliceLayout(0, mma))[None, :] * row_scales[:, None]
     if HAS_BIAS:
         out += biases.slice(WHICH * ROWS, ROWS).load(gl.SliceLayout(1, mma))[:, None]
     IS_PART: gl.constexpr = out_ptr.dtype.element_ty == gl.float32
     layout: gl.constexpr = mma if IS_PART else gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
     out = gl.convert_layout(out.to(out_ptr.dtype.element_ty), layout)
-    offs_n = tile * row_scales.shape[0] + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    offs_n = tile * biases.shape[0] + WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     offs_m = pid_m * BLOCK_M + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, layout))
     out_ptrs = out_ptr + offs_m.to(gl.int64)[None, :] * N + offs_n[:, None]
     gl.store(out_ptrs, out, mask=(offs_n < N)[:, None] & (offs_m < M)[None, :])
@@ -265,8 +268,12 @@ def warpgroup(
     WHICH: gl.constexpr,
 ):
     """One of two: multiplies, and writes what is its own; if they share K, the first adds what the second has."""
-    out_ptr, pid_m, tile, first, steps, M, N = given
-    acc = multiply(x_ring, weight_ring, first, steps, GROUP_SIZE, SHARE_K, WHICH)
+    out_ptr, row_scales_ptr, pid_m, tile, first, steps, M, N = given
+    TEAM: gl.constexpr = 0 if SHARE_K else WHICH
+    first_row = tile * weight_ring[1].shape[2] + TEAM * ROWS
+    of_rows: gl.constexpr = gl.SliceLayout(1, accumulator(x_ring[0].shape[1], 32))
+    row_scales = gl.load(row_scales_ptr + gl.minimum(first_row + gl.arange(0, ROWS, layout=of_rows), N - 1))
+    acc = multiply(x_ring, weight_ring, row_scales, first, steps, GROUP_SIZE, SHARE_K, WHICH)
     if SHARE_K:
         sums, summed = handed_over
         if WHICH == 1:
@@ -275,16 +282,16 @@ def warpgroup(
         else:
             mbarrier.wait(summed, 0)
             acc += sums.load(acc.type.layout)
-            store(acc, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS, 0)
+            store(acc, row_scales, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS, 0)
     else:
-        store(acc, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS, WHICH)
+        store(acc, row_scales, factors, out_ptr, pid_m, tile, M, N, HAS_BIAS, WHICH)
 
 
 @gluon.jit
 def w4a8_rings_kernel(
     x_desc,  # int8 [M, 64 * blocks], read in tiles [BLOCK_M, 128]; what lies outside reads as 0
     codes_desc,  # int16 [blocks, N/16, 256], in tiles [WIDE, HEIGHT / 16, 256]
-    words_desc,  # int32 [groups, N], in tiles [groups_of(GROUP_SIZE), HEIGHT]: ratio_zeros
+    words_desc,  # int32 [groups, N], in tiles [groups_of(GROUP_SIZE), HEIGHT]: scale_zeros
     token_scales_ptr,  # fp32 [M]
     row_scales_ptr,  # fp32 [N]
     bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
@@ -341,11 +348,10 @@ def w4a8_rings_kernel(
     factors = (
         gl.allocate_shared_memory(gl.float32, [BLOCK_M], vector),
         gl.allocate_shared_memory(gl.float32, [HEIGHT], vector),
-        gl.allocate_shared_memory(gl.float32, [HEIGHT], vector),
         fetched,
     )
-    given = (out_ptr + part.to(gl.int64) * M * N, pid_m, tile, first, steps, M, N)
-    fetching = (x_desc, codes_desc, words_desc, (token_scales_ptr, row_scales_ptr, bias_ptr))
+    given = (out_ptr + part.to(gl.int64) * M * N, row_scales_ptr, pid_m, tile, first, steps, M, N)
+    fetching = (x_desc, codes_desc, words_desc, (token_scales_ptr, bias_ptr))
     # The accumulators of 256 tokens take 128 registers a thread. The producer leaves the warpgroups all but 24 of its
     # own then; else everyone keeps what they began with, as no one can have 256.
     FULL: gl.constexpr = BLOCK_M == 256
@@ -379,7 +385,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
 
     Args:
         x: float16 or bfloat16 [..., K], on a Hopper GPU; quantized to int8 on the way, a scale a token.
-        weight: of [N, K]; group size a multiple of 64. Its scales must not be changed in place afterwards.
+        weight: of [N, K]; group size a multiple of 64.
         bias: floating [N].
 
     Returns:
@@ -397,15 +403,15 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out.view(*x.shape[:-1], n)
-    x8, token_scales, ratio_zeros, row_scales = quantize_activations(x_2d, weight)
+    x8, token_scales = quantize_activations(x_2d)
     options = launch_options(m, n, k)
     rows, tokens, split = options.pop("ROWS"), options.pop("BLOCK_M"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     w4a8_rings_kernel[(triton.cdiv(n, rows), triton.cdiv(m, tokens), split)](
         describe_swizzled(x8, (tokens, 128)),
-        *describe_weight(weight.codes, ratio_zeros, WIDE.value, groups_of(weight.group_size), rows),
+        *describe_weight(weight.codes, weight.scale_zeros, WIDE.value, groups_of(weight.group_size), rows),
         token_scales,
-        row_scales,
+        weight.row_scales,
         bias,
         parts,
         m,

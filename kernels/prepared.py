@@ -20,6 +20,8 @@ tensor-core instruction multiplies.
 Why 1024: a nibble put under the bits of fp16's 1024.0, 0x6400, *is* the fp16 number 1024 + code, with no conversion.
 Subtracting 1024 + zero leaves code - zero, exactly. One 4-byte word a group, as hardware copies nothing narrower
 than 4 bytes from memory to shared memory on its own.
+
+    row_scales   fp32 [N]            the largest |w| that a row's codes allow, / 127: for 8-bit activations (lesson 13)
 """
 
 from typing import NamedTuple
@@ -41,12 +43,14 @@ class PreparedWeight(NamedTuple):
     Attributes:
         codes: int16 [ceil(N/16), ceil(K/64), 16, 16]. Codes past the end of N and of K are 0.
         scale_zeros: int32 [ceil(64 * ceil(K/64) / group_size), N]. Scales past the end of K are 0.
+        row_scales: float32 [N].
         in_features: K.
         group_size: how many weights along K share a scale and a zero.
     """
 
     codes: Tensor
     scale_zeros: Tensor
+    row_scales: Tensor
     in_features: int
     group_size: int
 
@@ -75,7 +79,15 @@ def prepare(weight: QuantizedWeight) -> PreparedWeight:
     words = _bits(zeros + ONE_KILO) << 16 | _bits(weight.scales)
     scale_zeros = torch.zeros((-(-blocks * BLOCK // group_size), n), dtype=torch.int32, device=codes.device)
     scale_zeros[: len(words)] = words
-    return PreparedWeight(half_words, scale_zeros, k, group_size)
+    return PreparedWeight(half_words, scale_zeros, row_scales_of(scale_zeros), k, group_size)
+
+
+def row_scales_of(scale_zeros: Tensor) -> Tensor:
+    """A weight's `row_scales`, float32 [N], from its `scale_zeros` [groups, N]."""
+    scales = (scale_zeros & 0xFFFF).to(torch.int16).view(torch.float16).float()
+    zeros = (scale_zeros >> 16).to(torch.int16).view(torch.float16).float() - ONE_KILO
+    # A code lies at most max(zero, 15 - zero) steps from its zero. Where there is no group the scale is 0.
+    return (scales.abs() * torch.maximum(zeros, 15 - zeros)).amax(0) / 127
 
 
 def restore(weight: PreparedWeight) -> QuantizedWeight:

@@ -119,13 +119,19 @@ def requantize(half_words, ratio, zero):
 
 
 @gluon.jit
-def make_operand(half_words, words, left16: gl.constexpr, left8: gl.constexpr):
-    """int16 [ROWS, 16] and the rows' ratio_zeros [ROWS] -> int8 [ROWS, 64] in the layout of a left operand."""
+def invert(row_scales):
+    """fp32 -> its inverse; of 0, a row of zeros, anything finite."""
+    return 1.0 / gl.maximum(row_scales, 1e-30)
+
+
+@gluon.jit
+def make_operand(half_words, words, inverses, left16: gl.constexpr, left8: gl.constexpr):
+    """int16 [ROWS, 16] and the rows' scale_zeros and inverse row scales [ROWS] -> int8 [ROWS, 64], a left operand."""
     ROWS: gl.constexpr = half_words.shape[0]
-    ratio = (words & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True)
+    scale = (words & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True)
+    ratio = (scale.to(gl.float32) * inverses).to(gl.float16)
     zero = (words >> 16).to(gl.int16).to(gl.float16, bitcast=True)  # 1024 + zero
-    spread = gl.zeros([ROWS, 16], gl.float16, left16)
-    a, b, c, d = requantize(half_words, gl.expand_dims(ratio, 1) + spread, gl.expand_dims(zero, 1) + spread)
+    a, b, c, d = requantize(half_words, gl.expand_dims(ratio, 1), gl.expand_dims(zero, 1))
     # Names for what lies where; nothing moves. A register's four bytes bear the names of the half-words it came from:
     # [row / 16, its upper half, row % 8, second word, c, its half-word], word's upper half, s
     w = gl.join(gl.join(a, c), gl.join(b, d)).reshape([ROWS // 16, 2, 8, 2, 4, 2, 2, 2])

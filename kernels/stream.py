@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.int8 import Int8Weight, dequantize_int8
 from kernels.k00_reference import dequantize_reference
-from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, restore
+from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, restore, row_scales_of
 
 BLOCK_L = 128  # positions of the cache that a program of lesson 19 attends to
 
@@ -155,9 +155,10 @@ class Linears(NamedTuple):
     group_size: int
 
     def weight(self, layer: int) -> PreparedWeight:
-        """A block's weight; no copy."""
-        codes = self.codes[layer]
-        return PreparedWeight(codes, self.scale_zeros[layer], codes.shape[1] * BLOCK, self.group_size)
+        """A block's weight; codes and scale_zeros are no copies."""
+        codes, scale_zeros = self.codes[layer], self.scale_zeros[layer]
+        row_scales = row_scales_of(scale_zeros)
+        return PreparedWeight(codes, scale_zeros, row_scales, codes.shape[1] * BLOCK, self.group_size)
 
 
 class Layers(NamedTuple):

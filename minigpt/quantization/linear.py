@@ -9,7 +9,7 @@ import kernels
 from kernels import CPUWeight, PreparedWeight, QuantizedWeight
 
 FILE_BUFFERS = ("qweight", "scales", "qzeros")  # of a QuantizedWeight
-PREPARED_BUFFERS = ("codes", "scale_zeros")  # of a PreparedWeight
+PREPARED_BUFFERS = ("codes", "scale_zeros", "row_scales")  # of a PreparedWeight
 CPU_BUFFERS = ("packed", "scale_shifts")  # of a CPUWeight, which has a QuantizedWeight's as well
 
 
@@ -22,7 +22,7 @@ class Int4Weight(nn.Module):
 
     Attributes:
         qweight, scales, qzeros: the weight in the file's layout, see `kernels.QuantizedWeight`; None on a GPU.
-        codes, scale_zeros: the weight prepared, see `kernels.PreparedWeight`; None elsewhere.
+        codes, scale_zeros, row_scales: the weight prepared, see `kernels.PreparedWeight`; None elsewhere.
         packed, scale_shifts: the weight for torch's CPU kernel, see `kernels.CPUWeight`, or None.
         in_features, out_features, group_size: of the weight.
     """
@@ -34,6 +34,7 @@ class Int4Weight(nn.Module):
         self.qzeros: Tensor
         self.codes: Tensor
         self.scale_zeros: Tensor
+        self.row_scales: Tensor
         self.packed: Tensor
         self.scale_shifts: Tensor
         self.in_features = weight.in_features
@@ -55,7 +56,7 @@ class Int4Weight(nn.Module):
     def held(self) -> QuantizedWeight | PreparedWeight | CPUWeight:
         """The weight as it is held."""
         if self.codes is not None:
-            return PreparedWeight(self.codes, self.scale_zeros, self.in_features, self.group_size)
+            return PreparedWeight(self.codes, self.scale_zeros, self.row_scales, self.in_features, self.group_size)
         if self.packed is not None:
             return CPUWeight(self.qweight, self.scales, self.qzeros, self.packed, self.scale_shifts)
         return QuantizedWeight(self.qweight, self.scales, self.qzeros)
@@ -76,11 +77,11 @@ class Int4Weight(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Int4Weight":
         """Moves between devices, and so between layouts; a cast to another dtype is for the rest of the model only."""
-        uncast = {name: getattr(self, name) for name in ("scales", "scale_shifts")}
+        uncast = {name: getattr(self, name) for name in ("scales", "row_scales", "scale_shifts")}
         super()._apply(fn, recurse)
         for name, tensor in uncast.items():
             if tensor is not None:
-                setattr(self, name, tensor.to(self.qweight.device))
+                setattr(self, name, tensor.to(self.held[0].device))
         self._suit_device()
         return self
 

@@ -266,7 +266,7 @@ def test_the_front_door_knows_what_fits(compiled, monkeypatch):
     answers = set()
     for result in [result for result in compiled["gluon"] if result["kernel"] == "fused_kernel"]:
         codes = SimpleNamespace(is_cuda=True, device=result["arch"], shape=(1, result["k"] // 64, 16, 16))
-        answer = can_fuse(PreparedWeight(codes, None, result["k"], 64), torch.float16, result["m"])
+        answer = can_fuse(PreparedWeight(codes, None, None, result["k"], 64), torch.float16, result["m"])
         assert answer == (result["shared"] <= SHARED_MEMORY[result["arch"]]), result
         answers.add(answer)
     assert answers == {True, False}

@@ -48,7 +48,7 @@ def plain_variants(arch):
         yield k16_int8_rows.few_tokens_kernel, pointers, ("M", "N", "K"), options
         if arch != 75:  # its tensor cores multiply 8-bit numbers in a way that Triton does not know
             options = {**extras, **k13_w4a8.launch_options(512, 128), "GROUP_SIZE": 128, "GROUP_M": 8}
-            pointers = {"x8_ptr": "i8", "token_scales_ptr": "fp32", "codes_ptr": "i8", "ratio_zeros_ptr": "i32"}
+            pointers = {"x8_ptr": "i8", "token_scales_ptr": "fp32", "codes_ptr": "i8", "scale_zeros_ptr": "i32"}
             pointers |= {"row_scales_ptr": "fp32", "bias_ptr": dtype, "out_ptr": dtype}
             yield k13_w4a8.w4a8_kernel, pointers, ("M", "N", "blocks"), options
 
@@ -76,7 +76,7 @@ def hopper_variants():
             pointers = {"bias_ptr": dtype, "out_ptr": "fp32" if split > 1 else dtype}
             yield k22_two_rings.two_rings_kernel, tiles, pointers, options
     for height, stages in ((256, 4), (128, 8), (64, 8)):
-        pointers = {"token_scales_ptr": "fp32", "codes_ptr": "i16", "ratio_zeros_ptr": "i32", "row_scales_ptr": "fp32"}
+        pointers = {"token_scales_ptr": "fp32", "codes_ptr": "i16", "scale_zeros_ptr": "i32", "row_scales_ptr": "fp32"}
         pointers |= {"bias_ptr": "fp16", "out_ptr": "fp16"}
         options = {**extras, "GROUP_SIZE": 64, "STAGES": stages, "num_warps": 4}
         yield k15_w4a8_hopper.w4a8_hopper_kernel, {"x_desc": ("i8", [height, 64])}, pointers, options

@@ -224,8 +224,7 @@ def test_errors_name_what_does_not_fit(form, change, message):
 
 
 def operator_arguments(x, weight, bias, activation_bits):
-    prepared = kernels.prepare(weight)
-    return (x, prepared.codes, prepared.scale_zeros, *prepared[2:], bias, activation_bits)
+    return (x, *kernels.prepare(weight), bias, activation_bits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -357,8 +356,8 @@ def test_captured_in_a_graph(monkeypatch, tmp_path, autotune, activation_bits, m
     monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path))
     monkeypatch.setenv("MINIGPT_AUTOTUNE", autotune)
     x, weight, bias, _ = problem(m, 1024, n=1000, group_size=64, dtype=torch.float16, device=DEVICE)
+    kernels.matmul(x, kernels.prepare(weight), bias, activation_bits)  # compiles, and tunes
     prepared = kernels.prepare(weight)
-    kernels.matmul(x, prepared, bias, activation_bits)  # compiles, and tunes
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = kernels.matmul(x, prepared, bias, activation_bits)
@@ -370,10 +369,14 @@ def test_captured_in_a_graph(monkeypatch, tmp_path, autotune, activation_bits, m
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("activation_bits", [16, 8])
 @pytest.mark.parametrize("m", [1, 5, 300])
-def test_compiled_by_inductor(mode, m):
+def test_compiled_by_inductor(mode, activation_bits, m):
+    """A weight that nothing was multiplied with before."""
     x, weight, bias, expected = problem(m, 1024, n=1000, group_size=64, dtype=torch.float16, device=DEVICE)
     prepared = kernels.prepare(weight)
-    compiled = torch.compile(lambda x: kernels.matmul(x, prepared, bias) * 1, fullgraph=True, mode=mode)
+    compiled = torch.compile(
+        lambda x: kernels.matmul(x, prepared, bias, activation_bits) * 1, fullgraph=True, mode=mode
+    )
     for _ in range(4):  # reduce-overhead captures in the second or third
-        assert relative_error(compiled(x), expected) < 2e-3
+        assert relative_error(compiled(x), expected) < (2e-3 if activation_bits == 16 else 0.03)

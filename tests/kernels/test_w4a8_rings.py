@@ -1,10 +1,9 @@
-"""Lesson 23: its tiles against float64 and lesson 15, what they compile to, and the row scales that are remembered.
+"""Lesson 23: its tiles against float64 and lesson 15, and what they compile to.
 
 This file runs itself as a program of its own, because the interpreter, in which the other tests run the kernels, is
 chosen for a whole process.
 """
 
-import gc
 import json
 import re
 
@@ -13,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from kernels import activations, common, k15_w4a8_hopper, k23_w4a8_rings  # noqa: E402
+from kernels import common, k15_w4a8_hopper, k23_w4a8_rings  # noqa: E402
 from kernels.k00_reference import dequantize_reference, quantize_reference  # noqa: E402
 from kernels.prepared import prepare  # noqa: E402
 
@@ -150,19 +149,6 @@ def test_every_tile(canary, monkeypatch, tile, split, m, n, k, group_size, dtype
     assert common.relative_error(first, expected) < k23_w4a8_rings.TOLERANCE
     if split == 1:  # exact sums, scaled in the same order
         assert torch.equal(first, k15_w4a8_hopper.matmul(x, weight))
-
-
-def test_row_scales_are_worked_out_once_and_live_as_long_as_the_weight(monkeypatch):
-    x, weight, _ = problem(3, 24, 128, 32)
-    *_, ratio_zeros, row_scales = activations.quantize_activations(x, weight)
-    again = activations.quantize_activations(-x, weight._replace())  # another view of the same tensors
-    assert again[2] is ratio_zeros and again[3] is row_scales
-    other = activations.quantize_activations(x, weight._replace(scale_zeros=weight.scale_zeros.clone()))
-    assert other[2] is not ratio_zeros and torch.equal(other[2], ratio_zeros)
-    known = len(activations.ROW_SCALES)
-    del weight
-    gc.collect()
-    assert len(activations.ROW_SCALES) < known
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def test_which_weights_the_kernels_take(monkeypatch):
 
     def fits(tokens=1, dtype=torch.float16, device="new", is_cuda=True, k=768, group_size=64):
         codes = SimpleNamespace(device=device, is_cuda=is_cuda, shape=(48, k // 64, 16, 16))
-        return kernels.can_fuse(PreparedWeight(codes, None, k, group_size), dtype, tokens)
+        return kernels.can_fuse(PreparedWeight(codes, None, None, k, group_size), dtype, tokens)
 
     assert fits() and fits(8) and fits(group_size=192) and fits(8, k=8192)
     assert not fits(9) and not fits(dtype=torch.bfloat16) and not fits(dtype=torch.float32)

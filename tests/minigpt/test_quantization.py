@@ -114,7 +114,7 @@ def test_a_layer_holds_one_layout(model):
     before = layer.weight
     assert {name for name, _ in layer.named_buffers()} == {"qweight", "scales", "qzeros"}
     layer.hold(kernels.prepare(before))
-    assert {name for name, _ in layer.named_buffers()} == {"codes", "scale_zeros"}
+    assert {name for name, _ in layer.named_buffers()} == {"codes", "scale_zeros", "row_scales"}
     assert layer.bfloat16().bias.dtype == torch.bfloat16  # and, on a CPU, in the file's layout again
     assert {name for name, _ in layer.named_buffers()} == {"qweight", "scales", "qzeros"}
     for ours, theirs in zip(layer.bfloat16().weight, before, strict=True):
@@ -142,10 +142,11 @@ def test_layers_on_a_gpu(model, tmp_path):
     settings = gptq_format.describe("minmax", 16, False)
     checkpoint.save(model, tmp_path / "cpu", quantization=settings)
     model.to("cuda")
-    assert {name for name, _ in model.h[0].mlp.c_fc.named_buffers()} == {"codes", "scale_zeros"}
+    assert {name for name, _ in model.h[0].mlp.c_fc.named_buffers()} == {"codes", "scale_zeros", "row_scales"}
     checkpoint.save(model, tmp_path / "gpu", quantization=settings)
     assert same_tensors(tmp_path / "gpu", tmp_path / "cpu")
     assert (model.half()(tokens.cuda()).cpu() - expected).abs().max() < 0.02
+    assert model.h[0].mlp.c_fc.row_scales.dtype == torch.float32
     assert {name for name, _ in model.cpu().h[0].mlp.c_fc.named_buffers()} == {"qweight", "scales", "qzeros"}
 
 
