@@ -62,8 +62,8 @@ class Rule(NamedTuple):
 
 
 # The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json, k17_few_tokens.json,
-# k22_two_rings.json, attempts.json): lesson 17 serves one token, and a few where a program can hold a row's codes in its
-# registers; lesson 22 the middle, as long as its programs are two a multiprocessor at most, and for up to 32 tokens
+# k22_two_rings.json, attempts.json): lesson 17 serves one token, and a few where a program can hold a row's codes in
+# its registers; lesson 22 the middle, as long as its programs are two a multiprocessor at most, and for up to 32 tokens
 # only where rows are short or there is work enough. What it leaves, of up to 80 tokens lesson 9 takes, of more lesson
 # 12, and lesson 9 the groups that only it knows. From some 400 on, lesson 11 leaves the product to the vendor, who has
 # tiles of all sizes: lesson 12 is ahead only where its own happen to fill the machine. With 8-bit activations lesson 23

@@ -36,12 +36,18 @@ MEASURED on an H200 (results/k17_few_tokens.json: command, versions, date; group
 
 As predicted for few bytes; 8192 x 2048 is bytes again, 9.4 MB at half the memory's pace. Lesson 10 took 2.6 and 5.7 for
 the last two and one token, lesson 9 with its two kernels 4.6 and 8.3 for 16 (group size 128, results/attempts.json).
-  Where it fails: 8192 x 8192, 16 and 23 microseconds for one token and for eight, where lesson 10 takes 15 for one. All
-of K in registers leaves room for one program a multiprocessor, and there are four times as many.
+  All of K in registers fails for a large layer: 8192 x 8192 took 16 and 23 microseconds for one token and for eight,
+where lesson 10 takes 15 for one. There is room for one program a multiprocessor, and there are four times as many. So
+one token's large layers come in passes (`passes_kernel`): registers for 16 blocks, and while those are multiplied the
+next 16 are on their way. That takes a barrier at which no thread needs another: the assembler, who counts registers,
+moves the next pass's loads behind this one's products, but not across a barrier. (It shows in the machine code, where
+a test looks.) Predicted: 11 microseconds; reading alone takes 8. Measured so far, with twice the rows and the warps a
+program: 13.8; and beside another small kernel 15.3, where twice the rows and warps took 16.3.
   Tried and failed (results/attempts.json, group size 128). x into registers as well, each thread its own part: the
 assembler moves such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3
-microseconds where it now takes 2.4. Unpacking the codes before the wait, while there is time: four registers of
-operands for one of codes, so fewer programs at a time, and 5.7 in place of 4.3 at 8192 x 2048.
+microseconds where it now takes 2.4. Unpacking all codes before the wait, while there is time: four registers of
+operands for one of codes, so fewer programs at a time, and 5.7 in place of 4.3 at 8192 x 2048. (Lesson 18 unpacks a
+few.)
 For 8192 x 8192 and one token, codes asked for in passes, 32 KB a program: 15.2 microseconds beside lesson 10's 15.5, at
 group size 64 14.8 beside 16.1. 13.9 was hoped for; it is not worth a second kernel.
   A surprise: 4 tokens took longer than 8 (at 2048 x 2048 2.6 microseconds and 2.4) as long as the missing tokens were
@@ -111,7 +117,7 @@ def few_tokens_kernel(
         gdc_wait()
         gdc_launch_dependents()
     x = share_tokens(x_ptr, M, K, blocks, BLOCK_M, STEP, num_warps)
-    out = multiply(x, codes, words, BLOCK_M, STEP, mma, num_warps)  # [16, TOKENS]
+    out = multiply(x, (), codes, words, BLOCK_M, STEP, mma, num_warps)  # [16, TOKENS]
     store(out, bias_ptr, out_ptr, first_row, M, N, HAS_BIAS, mma)
 
 
@@ -165,7 +171,7 @@ def passes_kernel(
             codes_ptr, scale_zeros_ptr, first_row, N, blocks, GROUP_SIZE, STEP, num_warps, (i + 1) * BLOCKS
         )
         barrier()  # no thread needs another here; but the assembler would move the loads behind the products
-        acc = accumulate(acc, x.index(i), codes, words, 1, STEP, mma, num_warps)
+        acc = accumulate(acc, x.index(i), codes, words, 1, 0, STEP, mma, num_warps)
         codes, words = next_codes, next_words
     store(gl.sum(acc, 0), bias_ptr, out_ptr, first_row, 1, N, HAS_BIAS, mma)
 

@@ -22,6 +22,11 @@ that kernel, which knew 16 numbers of x, left their sum and the sum of their squ
 THE PRICE. Two more loads behind the wait, both beside those of x, and a sum over at most 100 pairs: 0.2 microseconds.
 In return two kernels of two microseconds go in the first half of a block, three in the second.
 
+BEFORE THE WAIT there is time that costs nothing: the kernel ahead is still at work. Lesson 17 spends it on loading;
+making operands of the codes would fit in, too. Left to itself the assembler makes them where they are used, behind the
+wait, as that takes fewer registers. `make_ready` (row_tiles.py) has something depend on them that must not move. Of
+XL's first MLP layer 424 instructions are then left behind the wait, with four blocks of a warp's seven; before, 586.
+
 MEASURED on an H200 (results/k18_fused_layers.json: command, versions, date; group size 64), LayerNorm to sum, beside
 torch's five fp16 kernels:
 
@@ -33,6 +38,9 @@ Predicted: twice lesson 17's times and 0.2 each, 4.2 and 4.5 at 768, 6.8 and 8.7
 one token at 768 keeps to it. At 1600 the two kernels that take turns share the multiprocessors' registers, and the
 second's programs, which hold 13 blocks a warp, do not fit beside the first's; why 8 tokens at 768 take 7.2 is not
 understood.
+  Operands made before the wait came later than this table. A step of GPT-2 XL at position 1020 takes 799 microseconds
+with four blocks ready, 826 with two, 877 with none (predicted: 820 and 882); with all seven 914, as their registers
+keep other programs out. At n_embd 768 and 1024 two blocks gain 2 to 7% or nothing, four lose (results/attempts.json).
   How it stands against cancellation: gamma x is kept in fp16, so what the subtraction cancels is lost from its three
 digits. Where |mean| is ten times the deviation that costs one of them; below the deviation it hardly shows, and
 GPT-2's mean is a fraction of it.
@@ -61,8 +69,10 @@ from kernels.row_tiles import (
     launch_options,
     load_sums,
     load_weight,
+    make_ready,
     multiply,
     normalise,
+    ready_blocks,
     share_parts,
     share_tokens,
 )
@@ -95,6 +105,7 @@ def fused_kernel(
     TILES: gl.constexpr,  # at least K/16, a power of two
     GROUP_SIZE: gl.constexpr,  # a multiple of 64
     BLOCK_M: gl.constexpr,
+    READY: gl.constexpr,  # blocks whose operands are made before the wait
     STEP: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
@@ -119,6 +130,7 @@ def fused_kernel(
     if SPLITS > 0:
         position = gl.load(positions_ptr).to(gl.int32)
         splits = gl.maximum((position + BLOCK_L - 1) // BLOCK_L, 1)
+    ready = make_ready(codes, words, N, gl.float16, mma, READY)  # NEW
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -131,7 +143,7 @@ def fused_kernel(
         x = share_parts(x_ptr, logs_ptr, splits, blocks, SPLITS, STEP, num_warps)
     else:
         x = share_tokens(x_ptr, M, K, blocks, BLOCK_M, STEP, num_warps)
-    out = multiply(x, codes, words, BLOCK_M, STEP, mma, num_warps)  # [16, TOKENS]
+    out = multiply(x, ready, codes, words, BLOCK_M, STEP, mma, num_warps)  # [16, TOKENS]
     if NORM:  # NEW
         out = normalise(out, sums, squares, folded, K, eps, layout)
     out += bias[:, None]
@@ -193,6 +205,7 @@ def launch(
         TILES=triton.next_power_of_2(triton.cdiv(weight.in_features, TILE_ROWS)),
         GROUP_SIZE=weight.group_size,
         BLOCK_M=1 if m == 1 else 8,
+        READY=ready_blocks(weight.in_features) if m == 1 else 0,
         **launch_options(weight.in_features),
         **common.early_launch(),
     )

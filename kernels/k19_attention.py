@@ -51,6 +51,10 @@ torch's own takes a mask, two copies into the cache and its attention kernel, in
 Predicted for XL at 1020: 870. Joining brings what it should, a microsecond a layer; lesson 20's output layer brought 6
 microseconds in place of 10. What GPT-2 124M loses at 1020 is not understood. A single part is not left to the
 projection: in a cache of 128, at position 104, XL lost 8 microseconds by it, at 124 it won 5.
+  Two warps a program in place of four: where there are many programs, each needs less of a hurry, and waits less for
+its own. A step for eight sequences of 1024 took 1,853 microseconds in place of 1,898 (XL) and 1,120 in place of 1,195
+(large); at 512 large lost 42, and so do steps for one sequence. So two from 1024 programs on, which the table above
+was measured before.
   Tried and failed (results/attempts.json). A program a head: a step of GPT-2 124M at position 1000 took 226
 microseconds, and takes 169. Programs that have nothing to do, and there are many, fetching the MLP's weights into the
 L2 cache meanwhile: a step of XL took 970 microseconds, without that 863. A step does not wait for bytes.
@@ -70,7 +74,7 @@ from torch import Tensor
 from kernels import common
 from kernels.stream import BLOCK_L, Parts, attend_reference
 
-WARPS = 4
+MANY = 1024  # programs, about eight a multiprocessor
 
 
 @triton.jit
@@ -184,7 +188,8 @@ def attend_in_parts(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts:
 
 def _launch(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor | None, parts: Parts) -> None:
     batch_size, heads, length, head_size = k.shape
-    attention_kernel[(heads, batch_size, triton.cdiv(length, BLOCK_L))](
+    grid = (heads, batch_size, triton.cdiv(length, BLOCK_L))
+    attention_kernel[grid](
         qkv,
         k,
         v,
@@ -199,7 +204,7 @@ def _launch(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor | 
         BLOCK_L=BLOCK_L,
         SPLITS=parts.logs.shape[2],
         JOIN=out is not None,
-        num_warps=WARPS,
+        num_warps=4 if math.prod(grid) <= MANY else 2,
         **common.early_launch(),
     )
 

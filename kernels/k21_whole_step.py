@@ -252,7 +252,7 @@ def normed_phase(
         # The sums are sent behind x: under way while we multiply.
         sums = gl.load(sum_ptrs, mask=sum_tile * 16 < K, other=0, volatile=True)
         squares = gl.load(sum_ptrs + 1, mask=sum_tile * 16 < K, other=0, volatile=True)
-        out = multiply(x, codes, words, 1, STEP, mma, num_warps)
+        out = multiply(x, (), codes, words, 1, STEP, mma, num_warps)
         sums, squares = settle(sums, sum_ptrs), settle(squares, sum_ptrs + 1)
         out = normalise(out, sums, squares, folded, K, eps, layout) + bias[:, None]
         if GELU:
@@ -293,7 +293,7 @@ def added_phase(
         gl.store(other_residual_ptr + n, ABSENT)
         gl.store(other_sums_ptr + tile * 2 + row, ABSENT, mask=row < 2)
         x = receive_tokens(x_ptr, K, STEP, num_warps)
-        product = multiply(x, codes, words, 1, STEP, mma, num_warps)
+        product = multiply(x, (), codes, words, 1, STEP, mma, num_warps)
         product += (bias + settle(residual, residual_ptr + n))[:, None]
         ptrs = n[:, None] + token[None, :]
         send_halves(out_scaled_ptr + ptrs, product * gamma[:, None], mask)

@@ -325,6 +325,7 @@ def left_operands(codes, words, DTYPE: gl.constexpr, mma: gl.constexpr):
 @gluon.jit
 def multiply(
     x,  # what `share_tokens` returned
+    ready,  # what `make_ready` returned; () for nothing
     codes,  # what `load_weight` returned
     words,
     BLOCK_M: gl.constexpr,
@@ -333,27 +334,83 @@ def multiply(
     num_warps: gl.constexpr,
 ):
     """ROWS rows of w x^T, summed over K and over the warps: fp32 [ROWS, TOKENS], TOKENS = 8 for a single one."""
-    TOKENS: gl.constexpr = 8 if BLOCK_M == 1 else BLOCK_M
-    acc = gl.zeros([num_warps, ROWS, TOKENS], gl.float32, mma)
-    return gl.sum(accumulate(acc, x, codes, words, BLOCK_M, STEP, mma, num_warps), 0)
+    acc = gl.zeros([num_warps, ROWS, 8 if BLOCK_M == 1 else BLOCK_M], gl.float32, mma)
+    for i in gl.static_range(len(ready)):
+        acc = multiply_block(acc, ready[i], x.slice(i * num_warps * BLOCK_M, num_warps * BLOCK_M), mma)
+    return gl.sum(accumulate(acc, x, codes, words, BLOCK_M, len(ready), STEP, mma, num_warps), 0)
 
 
 @gluon.jit
 def accumulate(
-    acc, x, codes, words, BLOCK_M: gl.constexpr, STEP: gl.constexpr, mma: gl.constexpr, num_warps: gl.constexpr
+    acc,  # fp32 [W, ROWS, TOKENS]
+    x,
+    codes,
+    words,
+    BLOCK_M: gl.constexpr,
+    FIRST: gl.constexpr,
+    STEP: gl.constexpr,
+    mma: gl.constexpr,
+    num_warps: gl.constexpr,
 ):
-    """acc, fp32 [W, ROWS, TOKENS], and the products of `multiply`, not yet summed over the warps."""
-    X_ROWS: gl.constexpr = num_warps * BLOCK_M
-    for i in gl.static_range(STEP):
-        w0, w1, w2, w3, scale = left_operands(codes[i], words[i], x.dtype, mma)
-        x0, x1, x2, x3 = four_slices(x.slice(i * X_ROWS, X_ROWS), num_warps, acc.shape[2])
-        part = gl.zeros(acc.shape, gl.float32, mma)
-        part = mma_v2(w0, as_right(x0, mma), part)
-        part = mma_v2(w1, as_right(x1, mma), part)
-        part = mma_v2(w2, as_right(x2, mma), part)
-        part = mma_v2(w3, as_right(x3, mma), part)
-        acc += part * scale
+    """acc and a warp's blocks FIRST to STEP - 1 of w x^T, not yet summed over the warps."""
+    for i in gl.static_range(FIRST, STEP):
+        left = left_operands(codes[i], words[i], x.dtype, mma)
+        acc = multiply_block(acc, left, x.slice(i * num_warps * BLOCK_M, num_warps * BLOCK_M), mma)
     return acc
+
+
+@gluon.jit
+def multiply_block(acc, left, x, mma: gl.constexpr):
+    """acc and the product of what `left_operands` returned with the same columns of x, [W * BLOCK_M, 64]."""
+    w0, w1, w2, w3, scale = left
+    x0, x1, x2, x3 = four_slices(x, acc.shape[0], acc.shape[2])
+    part = gl.zeros(acc.shape, gl.float32, mma)
+    part = mma_v2(w0, as_right(x0, mma), part)
+    part = mma_v2(w1, as_right(x1, mma), part)
+    part = mma_v2(w2, as_right(x2, mma), part)
+    part = mma_v2(w3, as_right(x3, mma), part)
+    return acc + part * scale
+
+
+@gluon.jit
+def make_ready(codes, words, N, DTYPE: gl.constexpr, mma: gl.constexpr, READY: gl.constexpr):
+    """The operands of a warp's first READY blocks, and they are there when this returns.
+
+    The assembler would make them where they are used, behind `gdc_wait`. So something must depend on them that it may
+    not move: a trap, should they have bits in common with a number that is 0, which it does not know.
+    """
+    ready = ()
+    bits, _, _, _, _ = left_operands(codes[0], words[0], DTYPE, mma)
+    for i in gl.static_range(READY):
+        w0, w1, w2, w3, scale = left_operands(codes[i], words[i], DTYPE, mma)
+        bits = bits_of(bits_of(bits, w0, w1), w2, w3)
+        ready += ((w0, w1, w2, w3, scale),)
+    if READY > 0:
+        nothing = (N >> 31).to(gl.int16).to(gl.float16, bitcast=True)
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred broken;
+            .reg .b32 common;
+            and.b32 common, $1, $2;
+            setp.ne.u32 broken, common, 0;
+            @broken trap;
+            mov.b32 $0, common;
+            }""",
+            "=r,r,r",
+            [bits, nothing],
+            dtype=gl.float16,
+            is_pure=False,
+            pack=2,
+        )
+    return ready
+
+
+@gluon.jit
+def bits_of(a, b, c):
+    """The bits that any of three has, fp16 [W, ROWS, 16]."""
+    return gl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xfe;", "=r,r,r,r", [a, b, c], dtype=gl.float16, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
@@ -406,3 +463,13 @@ def launch_options(k: int) -> dict[str, int]:
     blocks = triton.cdiv(k, BLOCK)
     warps = 4 if blocks <= 4 * 13 else 8
     return {"STEP": triton.cdiv(blocks, warps), "num_warps": warps}
+
+
+def ready_blocks(k: int) -> int:
+    """How many of a warp's blocks `make_ready` should make of K = k columns, for a single token.
+
+    Measured on an H200 in steps of GPT-2 (results/attempts.json): with n_embd 1280 and 1600 (k = 5120 and 6400 in the
+    MLP's second layer) four are best, with less two; more take registers that other programs need.
+    """
+    wanted = 4 if 1280 <= k < 3072 or k >= 5120 else 2
+    return min(wanted, launch_options(k)["STEP"])

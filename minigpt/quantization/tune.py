@@ -34,6 +34,11 @@ windows of 1024 tokens: 1000 steps give 0.00071 with codes that hardly move (0.5
 another training of that model GPTAQ alone has 0.00089, 300 steps with 1.7e-3 give 0.00074; with 5e-3 noise changes so
 many codes that no step is better than the start, and 1000 steps with scales and offsets three times as fast get no
 further than 0.00076. The demo bears 5e-3. Zeros with positions, too, were tried, and none of them changed.
+
+More steps give more, slowly: of GPTQ's divergence, 300 steps leave 0.64 (on two trainings of that model), 1000 0.58,
+2500 0.54; of GPTQModel's GPTQ the latter two leave 0.47 and 0.45. Halfway through 2500 steps, while the step size is
+large, noise has the divergence above where it began; it falls as the step size does. Averaging parameters over the last
+hundred steps instead, with a constant step size, gets as far and no further.
 """
 
 import contextlib

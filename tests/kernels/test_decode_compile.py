@@ -56,6 +56,7 @@ def lesson_18(way, m, k):
     options = {"NORM": way != "add", "GELU": way == "gelu", "ADD": way == "add", "GROUP_SIZE": 64}
     options |= {"SPLITS": 0, "BLOCK_L": 128, "logs_ptr": None, "positions_ptr": None}
     options |= {"TILES": 1 << (k // 16 - 1).bit_length(), "BLOCK_M": block_m(m), **lesson.launch_options(k)}
+    options["READY"] = lesson.ready_blocks(k) if m == 1 else 0
     return lesson.fused_kernel, pointers, options
 
 
@@ -135,7 +136,8 @@ def triton_variants():
     from kernels import k20_step_ends
 
     joined = ((1, *sizes, False) for sizes in JOINED)
-    for problem in (*joined, (1, 12, 2048, True), (8, 12, 1024, True), (1, 25, 128, True), (1, 5, 128, True, 20)):
+    here = ((1, 12, 2048), (8, 12, 1024), (8, 25, 1024), (1, 25, 128))
+    for problem in (*joined, *((*sizes, True) for sizes in here), (1, 5, 128, True, 20)):
         kernel, pointers, options = attention(*problem)
         yield kernel, pointers, ("H", "L"), options
     for bits, wte, scales in ((16, "fp16", "fp16"), (8, "i8", "fp16"), (4, "i16", "i32")):
@@ -169,6 +171,7 @@ def compile_gluon(arch, m, k, variant):
     ptx = compiled.asm["ptx"]
     before, wait, behind = ptx.partition("griddepcontrol.wait")
     assert bool(wait) == (arch >= 90)
+    code = machine_code(compiled.asm["cubin"])
     width = 4 if kernel.__name__ == "output_kernel" else 2  # words that a thread loads of codes at once
     return {
         "kernel": kernel.__name__,
@@ -183,7 +186,9 @@ def compile_gluon(arch, m, k, variant):
         "codes_before": len(re.findall(rf"ld\.global\.v{width}\.b32", before)),
         "codes_behind": len(re.findall(rf"ld\.global\.v{width}\.b32", behind)),
         "scales_before": len(re.findall(r"ld\.global\.b32", before)),
-        "order": "".join(re.findall(r"\b(LDG|HMMA)\b", machine_code(compiled.asm["cubin"]))),
+        "order": "".join(re.findall(r"\b(LDG|HMMA)\b", code)),
+        "made_before": len(re.findall(r"\bH(?:ADD2|FMA2)\b", code.partition("ACQBULK")[0])),
+        "ready": options.get("READY", 0),
     }
 
 
@@ -297,6 +302,14 @@ def test_the_next_pass_is_asked_for_before_this_one_is_multiplied(compiled):
     for result in results:
         loads = 4 * result["step"]  # of codes and scales
         assert re.fullmatch(rf"(LDG){{{2 * loads}}}(HMMA){{{4 * result['step']}}}(LDG)*", result["order"]), result
+
+
+def test_operands_are_ready_before_the_wait(compiled):
+    """Lesson 18: of a warp's first blocks, 16 registers each, an instruction or more for each; in the machine code."""
+    results = [result for result in compiled["gluon"] if result["ready"] and result["arch"] == 90]
+    assert {result["ready"] for result in results} == {2, 4}
+    for result in results:
+        assert result["made_before"] >= 16 * result["ready"], result
 
 
 def test_lesson_19_has_its_keys_and_values_before_the_wait(compiled):
