@@ -29,6 +29,8 @@ class Scorer:
     def __init__(self, model: GPT, reference: GPT | None = None) -> None:
         """model, reference: in evaluation mode, on one device, and not changed as long as this is used."""
         self.models = [model] if reference is None else [model, reference]
+        with torch.inference_mode():
+            self.outputs = [OutputLayer(each) for each in self.models]
         self.recorded: dict[tuple[torch.Size, int], Recording | None] = {}  # None: has run once
 
     @torch.inference_mode()
@@ -41,8 +43,8 @@ class Scorer:
         key = (batch.shape, skip)
         if not batch.is_cuda or key not in self.recorded:
             self.recorded[key] = None
-            return sums_of(self.models, batch, skip)
-        recording = self.recorded[key] or Recording(self.models, batch, skip)
+            return sums_of(self.models, self.outputs, batch, skip)
+        recording = self.recorded[key] or Recording(self.models, self.outputs, batch, skip)
         self.recorded[key] = recording
         return recording.replay(batch)
 
@@ -50,12 +52,12 @@ class Scorer:
 class Recording:
     """A pass in a CUDA graph."""
 
-    def __init__(self, models: list[GPT], batch: Tensor, skip: int) -> None:
+    def __init__(self, models: list[GPT], outputs: list["OutputLayer"], batch: Tensor, skip: int) -> None:
         """Records, and runs nothing. Arguments as in `sums_of`."""
         self.batch = batch.clone()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            self.sums = sums_of(models, self.batch, skip)
+            self.sums = sums_of(models, outputs, self.batch, skip)
 
     def replay(self, batch: Tensor) -> Tensor:
         """The sums for a batch of the same shape."""
@@ -64,8 +66,8 @@ class Recording:
         return self.sums.clone()
 
 
-def sums_of(models: list[GPT], batch: Tensor, skip: int) -> Tensor:
-    """As `Scorer` says, for a model, or a model and its reference.
+def sums_of(models: list[GPT], outputs: list["OutputLayer"], batch: Tensor, skip: int) -> Tensor:
+    """As `Scorer` says, for a model, or a model and its reference, and their output layers.
 
     Logits are many (GPT-2 has 50,257 for a token), so they are computed for some tokens at a time.
     """
@@ -74,12 +76,11 @@ def sums_of(models: list[GPT], batch: Tensor, skip: int) -> Tensor:
     sums = torch.zeros(3, dtype=torch.float64, device=batch.device)
     n_vocab = models[0].config.vocab_size
     rows = max(128, LOGITS_AT_ONCE[batch.device.type] // n_vocab // 128 * 128)  # whole matmul tiles
-    layers = [OutputLayer(model) for model in models]
     for i in range(0, len(targets), rows):
         # log_softmax converts as it reads, so that no float32 copy of the logits is made. Each [rows, V].
         logs = [
             layer(part[i : i + rows]).log_softmax(-1, dtype=torch.float32)[:, :n_vocab]
-            for layer, part in zip(layers, hidden, strict=True)
+            for layer, part in zip(outputs, hidden, strict=True)
         ]
         sums[0] -= logs[0].gather(1, targets[i : i + rows, None]).sum(dtype=torch.float64)
         if len(logs) == 2:
@@ -90,7 +91,7 @@ def sums_of(models: list[GPT], batch: Tensor, skip: int) -> Tensor:
 
 
 class OutputLayer:
-    """A model's output layer for many tokens: on a GPU with aligned rows, and the weight written out once a pass."""
+    """A model's output layer for many tokens: on a GPU with aligned rows, written out in the model's dtype once."""
 
     def __init__(self, model: GPT) -> None:
         """model: in evaluation mode."""
