@@ -42,14 +42,15 @@ one token's large layers come in passes (`passes_kernel`): registers for 16 bloc
 next 16 are on their way. That takes a barrier at which no thread needs another: the assembler, who counts registers,
 moves the next pass's loads behind this one's products, but not across a barrier. (It shows in the machine code, where
 a test looks.) Predicted: 11 microseconds; reading alone takes 8. Measured so far, with twice the rows and the warps a
-program: 13.8; and beside another small kernel 15.3, where twice the rows and warps took 16.3.
+program: 13.8; and beside another small kernel 15.3, where twice the rows and warps took 16.3. An earlier form
+of those took 15.2, and lesson 10 beside it 15.5. Few rows are no case for passes, 2048 x 8192 took 8.6 in place of 5.1,
+and short ones hardly, 16384 x 4096 17.1 in place of 16.2 (all at group size 128, results/attempts.json; these two with
+twice the rows and warps, too).
   Tried and failed (results/attempts.json, group size 128). x into registers as well, each thread its own part: the
 assembler moves such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3
 microseconds where it now takes 2.4. Unpacking all codes before the wait, while there is time: four registers of
 operands for one of codes, so fewer programs at a time, and 5.7 in place of 4.3 at 8192 x 2048. (Lesson 18 unpacks a
 few.)
-For 8192 x 8192 and one token, codes asked for in passes, 32 KB a program: 15.2 microseconds beside lesson 10's 15.5, at
-group size 64 14.8 beside 16.1. 13.9 was hoped for; it is not worth a second kernel.
   A surprise: 4 tokens took longer than 8 (at 2048 x 2048 2.6 microseconds and 2.4) as long as the missing tokens were
 read as copies of the last. All programs then read the same few bytes five times over, and one slice of the L2 cache had
 to serve them.

@@ -40,7 +40,8 @@ second's programs, which hold 13 blocks a warp, do not fit beside the first's; w
 understood.
   Operands made before the wait came later than this table. A step of GPT-2 XL at position 1020 takes 799 microseconds
 with four blocks ready, 826 with two, 877 with none (predicted: 820 and 882); with all seven 914, as their registers
-keep other programs out. At n_embd 768 and 1024 two blocks gain 2 to 7% or nothing, four lose (results/attempts.json).
+keep other programs out. At n_embd 768 and 1024 two blocks gain up to 7%, and four lose up to 7%, but at 768 and
+position 1020, where they gain 4%. At 1280 four gain 5% at position 1020 and lose 1% at 508 (results/attempts.json).
   How it stands against cancellation: gamma x is kept in fp16, so what the subtraction cancels is lost from its three
 digits. Where |mean| is ten times the deviation that costs one of them; below the deviation it hardly shows, and
 GPT-2's mean is a fraction of it.
@@ -130,7 +131,7 @@ def fused_kernel(
     if SPLITS > 0:
         position = gl.load(positions_ptr).to(gl.int32)
         splits = gl.maximum((position + BLOCK_L - 1) // BLOCK_L, 1)
-    ready = make_ready(codes, words, N, gl.float16, mma, READY)  # NEW
+    ready = make_ready(codes, words, N, gl.float16, mma, READY if PDL else 0)  # NEW; no wait, nothing to gain
     if PDL:
         gdc_wait()
         gdc_launch_dependents()

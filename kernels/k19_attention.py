@@ -53,8 +53,8 @@ microseconds in place of 10. What GPT-2 124M loses at 1020 is not understood. A 
 projection: in a cache of 128, at position 104, XL lost 8 microseconds by it, at 124 it won 5.
   Two warps a program in place of four: where there are many programs, each needs less of a hurry, and waits less for
 its own. A step for eight sequences of 1024 took 1,853 microseconds in place of 1,898 (XL) and 1,120 in place of 1,195
-(large); at 512 large lost 42, and so do steps for one sequence. So two from 1024 programs on, which the table above
-was measured before.
+(large); at 512 large lost 42, and so do steps for one sequence. So two for more than 1024 programs; the table above
+is from before that.
   Tried and failed (results/attempts.json). A program a head: a step of GPT-2 124M at position 1000 took 226
 microseconds, and takes 169. Programs that have nothing to do, and there are many, fetching the MLP's weights into the
 L2 cache meanwhile: a step of XL took 970 microseconds, without that 863. A step does not wait for bytes.

@@ -468,8 +468,9 @@ def launch_options(k: int) -> dict[str, int]:
 def ready_blocks(k: int) -> int:
     """How many of a warp's blocks `make_ready` should make of K = k columns, for a single token.
 
-    Measured on an H200 in steps of GPT-2 (results/attempts.json): with n_embd 1280 and 1600 (k = 5120 and 6400 in the
-    MLP's second layer) four are best, with less two; more take registers that other programs need.
+    Measured on an H200 in steps of GPT-2 (results/attempts.json), at two or three positions: four are best with n_embd
+    1600 (k = 6400 in the MLP's second layer) and at one position of two with 1280 (k = 5120), two with less, as a rule;
+    more take registers that other programs need.
     """
     wanted = 4 if 1280 <= k < 3072 or k >= 5120 else 2
     return min(wanted, launch_options(k)["STEP"])

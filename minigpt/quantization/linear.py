@@ -63,8 +63,10 @@ class Int4Weight(nn.Module):
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes that are held, but that no product reads: beside a CPU's own layout, the file's."""
+        """Bytes that no product of 16-bit activations reads: row scales; beside a CPU's own layout the file's."""
         held = self.held
+        if isinstance(held, PreparedWeight):
+            return held.row_scales.nbytes
         return sum(tensor.nbytes for tensor in held.file) if isinstance(held, CPUWeight) else 0
 
     @property

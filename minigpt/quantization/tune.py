@@ -37,8 +37,8 @@ further than 0.00076. The demo bears 5e-3. Zeros with positions, too, were tried
 
 More steps give more, slowly: of GPTQ's divergence, 300 steps leave 0.64 (on two trainings of that model), 1000 0.58,
 2500 0.54; of GPTQModel's GPTQ the latter two leave 0.47 and 0.45. Halfway through 2500 steps, while the step size is
-large, noise has the divergence above where it began; it falls as the step size does. Averaging parameters over the last
-hundred steps instead, with a constant step size, gets as far and no further.
+large, noise has the divergence above where it began; it falls as the step size does. Averaging parameters over some 200
+steps instead, with a constant step size, gets as far and no further.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ class TuningReport:
 
 
 class TunableInt4Linear(nn.Module):
-    """An Int4Linear whose weight can be differentiated. It computes in float32, with the weight that int4 would have.
+    """An Int4Linear whose weight can be differentiated. It computes with the weight that int4 would have.
 
     Attributes:
         position: float32 [out_features, in_features / group_size, group_size]; rounded, it is the code.
@@ -133,7 +133,7 @@ class TunableInt4Linear(nn.Module):
         return straight_through(scales, scales.half().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: float32 [..., in_features] -> [..., out_features]."""
+        """x: float32, or as autocast has it, [..., in_features] -> [..., out_features]."""
         weight = (self.codes() - self.zeros[..., None]) * self.scales()[..., None]
         return F.linear(x, weight.flatten(1), self.bias)
 
@@ -331,7 +331,7 @@ def in_bfloat16(device: torch.device) -> torch.autocast:
     """The blocks' products in bfloat16, on a GPU that has it, which halves their time.
 
     Their rounding moves the demo's predictions by a divergence of 0.00003. The output layer would not bear it: logits
-    of 20 are then 0.06 apart or more.
+    of 20 would be off by up to 0.06.
     """
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=native)

@@ -305,11 +305,17 @@ def test_the_next_pass_is_asked_for_before_this_one_is_multiplied(compiled):
 
 
 def test_operands_are_ready_before_the_wait(compiled):
-    """Lesson 18: of a warp's first blocks, 16 registers each, an instruction or more for each; in the machine code."""
-    results = [result for result in compiled["gluon"] if result["ready"] and result["arch"] == 90]
+    """Lesson 18: of a warp's first blocks, 16 registers each, an instruction or more for each; in the machine code.
+
+    Where there is no wait they would only take registers: 256 threads that have 128 each fit on a multiprocessor twice.
+    """
+    results = [result for result in compiled["gluon"] if result["ready"]]
     assert {result["ready"] for result in results} == {2, 4}
     for result in results:
-        assert result["made_before"] >= 16 * result["ready"], result
+        if result["arch"] >= 90:
+            assert result["made_before"] >= 16 * result["ready"], result
+        else:
+            assert result["registers"] <= 128, result
 
 
 def test_lesson_19_has_its_keys_and_values_before_the_wait(compiled):

@@ -203,6 +203,24 @@ def test_no_steps(reference):
         tune.tune(quantized(reference), reference, text(8), steps=0)
 
 
+def test_the_gradient_in_bfloat16_points_the_same_way(reference, monkeypatch):
+    """As on a GPU: rounding the blocks' products to three digits neither cuts the graph nor turns the gradient."""
+    model, tokens = quantized(reference), text(3)
+    layers = tune.make_tunable(model, reference)
+    gradients = []
+    for enabled in (False, True):
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+        monkeypatch.setattr(tune, "in_bfloat16", lambda device, autocast=autocast: autocast)
+        model.zero_grad()
+        tune.differentiate(model, reference, tokens)
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    exact, rounded = gradients
+    assert exact.keys() == rounded.keys() and all(grad.dtype == torch.float32 for grad in rounded.values())
+    for name in [f"{layer}.{part}" for layer in layers for part in ("position", "stretch")]:
+        assert not torch.equal(exact[name], rounded[name])
+        assert torch.cosine_similarity(exact[name].flatten(), rounded[name].flatten(), dim=0) > 0.98, name
+
+
 def test_every_window_is_read_before_any_comes_again():
     windows = torch.arange(6)[:, None] * torch.ones(1, 3, dtype=torch.int64)
     batches = list(tune.draw(windows, 5, 4, seed=1))
