@@ -36,6 +36,7 @@ format: $(SETUP_DEV) ## let ruff format and mend what it can
 	$(BIN)/ruff format .
 
 lesson: $(SETUP) ## check a lesson against the reference: make lesson K=04
+	@[ -n "$(wildcard kernels/k$(K)_*.py)" ] || { echo "there is no lesson K=$(K), but: k00_reference $(LESSONS)"; exit 2; }
 	$(BIN)/python -m kernels.$(basename $(notdir $(wildcard kernels/k$(K)_*.py)))
 
 bench: $(SETUP) ## measure all lessons, and the matmul over shapes, on this machine's GPU, into results/
@@ -62,7 +63,8 @@ clean:          ## remove .venv and checkpoints/
 
 $(SETUP): requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@echo "installing torch and a few others into .venv: 1 to 5 GB, a minute or more"
+	$(BIN)/pip install --disable-pip-version-check -r requirements.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 

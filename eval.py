@@ -13,6 +13,7 @@ often both hold the same token most probable (`minigpt/evaluate.py`).
 import argparse
 import dataclasses
 import datetime
+import json
 import platform
 import shlex
 import sys
@@ -29,6 +30,7 @@ from minigpt.files import check_file, write_json
 from minigpt.model import GPT
 from minigpt.quantization.convert import bits_per_weight
 from minigpt.quantization.fused_decode import fused_step
+from minigpt.quantization.gptq_format import made_how
 from minigpt.quantization.linear import Int4Linear, describe_path
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import encode, tokenizer_for
@@ -52,6 +54,7 @@ class Row:
     peak_memory_bytes: int | None
     device: str
     int4_path: str
+    made_how: str | None
 
 
 def parse_args() -> argparse.Namespace:
@@ -149,7 +152,14 @@ def measure(
         peak_memory_bytes=peak,
         device=protocol["device"],
         int4_path=describe_path(model),
+        made_how=None if bits == 16.0 else made_how(quantization_settings(path)),
     )
+
+
+def quantization_settings(path: Path) -> dict[str, Any]:
+    """The `quantization_config` of an int4 checkpoint that has been loaded, and so has a good one."""
+    config: dict[str, Any] = json.loads((checkpoint.checkpoint_folder(path) / "config.json").read_text())
+    return config["quantization_config"]
 
 
 def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[str, Any]:
@@ -219,10 +229,11 @@ def format_rows(rows: list[Row]) -> str:
 
 
 def describe_how(rows: list[Row]) -> str:
-    """How tokens were decoded, and what multiplied int4 weights."""
+    """How int4 weights were made, how tokens were decoded, and what multiplied int4 weights."""
+    made = [f"{row.weights.removeprefix('int4 ')}: {row.made_how}\n" for row in rows if row.made_how]
     ways = dict.fromkeys(f"{row.weights.split()[0]} {row.decode_how}" for row in rows)
     paths = dict.fromkeys(row.int4_path for row in rows if row.int4_path)
-    return f"decode: {', '.join(ways)}; int4 path: {', '.join(paths)}"
+    return f"{''.join(made)}decode: {', '.join(ways)}; int4 path: {', '.join(paths)}"
 
 
 def main() -> None:

@@ -40,6 +40,9 @@ def early_launch() -> dict[str, bool]:
     """What to launch a kernel with that may start before the one ahead has ended (lesson 9): possible from Hopper on.
 
     PDL tells the kernel, launch_pdl the launch. Cached, as is `is_hopper`: every launch asks.
+
+    What such a kernel reads before its `gdc_wait` must have been written long before: weights, prepared when the model
+    was loaded. The wait is what makes the writes of the kernels ahead visible for certain.
     """
     possible = ON_NVIDIA and torch.cuda.get_device_capability(DEVICE)[0] >= 9
     return {"PDL": True, "launch_pdl": True} if possible else {"PDL": False}

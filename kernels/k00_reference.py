@@ -1,6 +1,6 @@
 """Lesson 0: the int4 format in plain torch. Every later lesson is checked against this file.
 
-Run it:  python -m kernels.k00_reference          (packs eight numbers before your eyes)
+Run it:  python -m kernels.k00_reference          (packs sixteen numbers before your eyes)
 
 THE IDEA. A linear layer stores one 16-bit number a weight. Cut each row of the weight into groups of, say, 64
 neighbours, give each group one 16-bit `scale`, and store of each weight only a 4-bit `code`, 0..15:

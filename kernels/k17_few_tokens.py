@@ -244,7 +244,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
 
 def in_passes(n: int, k: int) -> bool:
     """Whether one token's product with a weight [n, k] is made in passes: rows too long for registers, or too many."""
-    return k > MOST_COLUMNS or (k >= 4096 and n * k >= 2**25)
+    return k > MOST_COLUMNS or (k > 4096 and n * k >= 2**26)
 
 
 def check() -> Iterator[common.Check]:
@@ -253,7 +253,7 @@ def check() -> Iterator[common.Check]:
         yield "mma.sync needs an NVIDIA GPU of sm_80 or newer, and this machine has none", None
         return
     shapes = [(1, 40, 2048, 64), (3, 33, 384, 128), (8, 1000, 1600, 320), (5, 70, 8192, 128), (2, 4100, 4096, 4096)]
-    shapes += [(1, 8200, 4160, 64), (1, 33, 12800, 128)]  # in passes, the last of them with fewer blocks
+    shapes += [(1, 1000, 8256, 64), (1, 33, 12800, 128)]  # in passes, the last of them with fewer blocks
     yield from common.check_matmul(matmul, prepare, shapes)
 
 

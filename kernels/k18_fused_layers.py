@@ -206,7 +206,7 @@ def launch(
         TILES=triton.next_power_of_2(triton.cdiv(weight.in_features, TILE_ROWS)),
         GROUP_SIZE=weight.group_size,
         BLOCK_M=1 if m == 1 else 8,
-        READY=ready_blocks(weight.in_features) if m == 1 else 0,
+        READY=ready_blocks(weight.out_features, weight.in_features) if m == 1 else 0,
         **launch_options(weight.in_features),
         **common.early_launch(),
     )

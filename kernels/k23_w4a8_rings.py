@@ -45,11 +45,12 @@ lesson 15 or, up to 64 tokens, lesson 13, both with this lesson's pass over x:
     M = 2048    10.2 (0.83)   18.6 (1.31)   67.1 (1.43)   61.4 (1.44)    226 (1.60)
                 14.1          24.6          84.6          74.9           304
 
-That was before the loop made scale / row_scale, which came ready-made. The last cell depends on the GPU's clock rate:
-in two other runs it was 195 to 197, and 260 for lesson 15. Group size 64 costs up to 3% more. Predicted were 5.4, 7.5,
-17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x 8192 turned out better, at 2048 tokens in two runs of
-three, the others worse. In small layers the floor is not bytes: the product alone takes 5.2 of the first 5.9, and a
-kernel that does next to nothing 1.6.
+That was before the loop made scale / row_scale, which came ready-made; since then it takes 5.9, 9.2, 18.1, 20.6 and 50
+microseconds at 512 tokens, and 10.4, 18.3, 65, 58 and 192 at 2048 (results/matmul.json). The last cell depends on the
+GPU's clock rate: in two other runs it was 195 to 197, and 260 for lesson 15. Group size 64 costs up to 3% more.
+Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x 8192 turned out better, at 2048
+tokens in two runs of three, the others worse. In small layers the floor is not bytes: the product alone takes 5.2 of
+the first 5.9, and a kernel that does next to nothing 1.6.
   A surprise: fewer bytes were slower. 256 rows x 128 tokens read a fifth less than 128 rows x 256 tokens, and took 61
 and 62 microseconds where those took 51 (8192 x 8192, 512 tokens): every operand then serves half the products.
   A trap: rings so small that two programs fit on a multiprocessor. Probably those that the pass over x leaves first get

@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from kernels.prepared import BLOCK, TILE_ROWS
 
 ROWS = gl.constexpr(TILE_ROWS)  # of the weight, a program
+MANY_ROWS = 16384  # of the weight: a thousand programs
 # `barrier` is so called since Triton 3.7, `async_load` since 3.9.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 copy = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
@@ -465,12 +466,14 @@ def launch_options(k: int) -> dict[str, int]:
     return {"STEP": triton.cdiv(blocks, warps), "num_warps": warps}
 
 
-def ready_blocks(k: int) -> int:
-    """How many of a warp's blocks `make_ready` should make of K = k columns, for a single token.
+def ready_blocks(n: int, k: int) -> int:
+    """How many of a warp's blocks `make_ready` should make of a weight [N, K] = [n, k], for a single token.
 
     Measured on an H200 in steps of GPT-2 (results/attempts.json), at two or three positions: four are best with n_embd
     1600 (k = 6400 in the MLP's second layer) and at one position of two with 1280 (k = 5120), two with less, as a rule;
-    more take registers that other programs need.
+    more take registers that other programs need. Where programs come in many rounds only the first round waits.
     """
+    if n > MANY_ROWS:
+        return 0
     wanted = 4 if 1280 <= k < 3072 or k >= 5120 else 2
     return min(wanted, launch_options(k)["STEP"])

@@ -30,6 +30,7 @@ ROW_FIELDS = {
     "peak_memory_bytes": int,
     "device": str,
     "int4_path": str,
+    "made_how": str,
 }
 
 
@@ -71,9 +72,10 @@ def test_quantize_then_eval_the_demo(tmp_path, short_text):
     content = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     fp16, int4 = content["rows"]
     for row in (fp16, int4):
-        not_of_fp16 = {"kl": type(None), "top1": type(None)} if row is fp16 else {}
+        not_of_fp16 = dict.fromkeys(("kl", "top1", "made_how"), type(None)) if row is fp16 else {}
         assert {name: type(value) for name, value in row.items()} == ROW_FIELDS | not_of_fp16
         assert row["tokens_scored"] == content["protocol"]["tokens"] - -(-content["protocol"]["tokens"] // 512)
+    assert int4["made_how"] == "mse, groups of 64, embedding int8" and int4["made_how"] in table
     assert fp16["weights"] == "fp16" and fp16["bits_per_weight"] == 16
     assert 4.2 < int4["bits_per_weight"] < 4.5
     assert int4["bytes"] == (tmp_path / "checkpoints" / "demo-int4" / "model.safetensors").stat().st_size

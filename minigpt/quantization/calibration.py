@@ -99,6 +99,11 @@ def load_calibrations(
     if data.WIKITEXT_TEST_TITLE in text:
         raise UserError(f"--calibration {name}: this is WikiText's test split, on which perplexities are reported")
     tokens = torch.tensor(encode(tokenizer, text))  # [tokens]
+    if len(tokens) < length:
+        raise UserError(
+            f"--calibration {name}: the text has {len(tokens)} tokens, fewer than a window of {length}; "
+            f"--calibration-tokens asks for {n_tokens:,}"
+        )
     return {draw: _calibration(name, tokens, config, n_tokens, *draw) for draw in draws}
 
 

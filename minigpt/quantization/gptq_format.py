@@ -43,6 +43,15 @@ def describe(
     }
 
 
+def made_how(settings: dict[str, Any]) -> str:
+    """What a `quantization_config` says of how its model was made, in a few words; other tools' say less than ours."""
+    meta = settings.get("meta")
+    meta = meta if isinstance(meta, dict) else {}
+    size = settings.get("group_size", WHOLE_ROW)
+    groups = "a group a row" if size == WHOLE_ROW else f"groups of {size}"
+    return f"{meta.get('method', 'method unknown')}, {groups}, embedding {meta.get('embedding', 'fp16')}"
+
+
 def group_index(layer: Int4Linear) -> Tensor:
     """g_idx, the group of each input: int32 [in_features]. Ours are in order; GPTQ's act-order may shuffle them."""
     return torch.arange(layer.in_features, dtype=torch.int32) // layer.group_size

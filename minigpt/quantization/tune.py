@@ -23,11 +23,11 @@ What is adjusted, and how a whole number can be learned at all:
 The zeros, the embeddings and the format stay untouched: what comes out is a plain int4 checkpoint.
 
 Measured (results/quantizers.json) on the demo model with 150 steps of 4 windows of 128 tokens (a minute on one CPU
-core), KL divergence on a quarter of its test text: at groups of 128 absmax 0.0222 -> 0.0173, mse 0.0200 -> 0.0149,
-GPTQ 0.0106 -> 0.0095; GPTQ at 64 0.0092 -> 0.0080, at 32 0.0073 -> 0.0063. So start from GPTQ. On other windows of the
-text tuned on, up to twice as much is gained, part of it because they overlapped with those: the wider the text, the
-better. Starting from GPTQ, scales and offsets make most of the gain (on such windows 0.0083 -> 0.0072, with codes
-0.0071); a third of their step sizes gives the same.
+core), KL divergence on a quarter of its test text: at groups of 128 absmax 0.0222 -> 0.0173, mse 0.0200 -> 0.0149, GPTQ
+0.0106 -> 0.0095; GPTQ at 64 0.0092 -> 0.0080, at 32 0.0073 -> 0.0063. So start from GPTQ. On other windows of the text
+tuned on, up to twice as much is gained, part of it because they overlapped with those: the wider the text, the better.
+Starting from GPTQ, scales and offsets (biases and LayerNorms) make most of the gain (on such windows 0.0083 -> 0.0072,
+with codes 0.0071); a third of their step sizes gives the same.
 
 The codes' step size decides how much more there is to gain. GPTAQ, groups of 128, on a model of 124M parameters, with
 windows of 1024 tokens: 1000 steps give 0.00071 with codes that hardly move (0.5e-3 a step), 0.00066 with 2e-3. On
@@ -35,9 +35,10 @@ another training of that model GPTAQ alone has 0.00089, 300 steps with 1.7e-3 gi
 many codes that no step is better than the start, and 1000 steps with scales and offsets three times as fast get no
 further than 0.00076. The demo bears 5e-3. Zeros with positions, too, were tried, and none of them changed.
 
-More steps give more, slowly: of GPTQ's divergence, 300 steps leave 0.64 (on two trainings of that model), 1000 0.58,
-2500 0.54; of GPTQModel's GPTQ the latter two leave 0.47 and 0.45. Halfway through 2500 steps, while the step size is
-large, noise has the divergence above where it began; it falls as the step size does. Averaging parameters over some 200
+More steps give more, slowly. GPTAQ, tuned, as a share of plain GPTQ's divergence: 0.64 after 300 steps, 0.58 after
+1000, 0.54 after 2500, each on another training of that model; the latter two are 0.47 and 0.45 of that of the library
+GPTQModel's GPTQ. While the step size is large, noise takes the divergence above where it began; it falls as the step
+size does. Averaging parameters over some 200
 steps instead, with a constant step size, gets as far and no further.
 """
 

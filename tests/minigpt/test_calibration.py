@@ -112,7 +112,9 @@ class TestText:
         assert "fewer than the 24,000 asked for" in short.warnings[0]
         assert "say little about layers of 192 inputs" in short.warnings[1]
         path.write_text("x = 1", encoding="utf-8")
-        with pytest.raises(UserError, match="fewer than a window of 24"):
+        with pytest.raises(
+            UserError, match="--calibration .* fewer than a window of 24; --calibration-tokens asks for"
+        ):
             load_calibration(str(path), tokenizer, 24000, 0)
         with pytest.raises(UserError, match="--calibration-tokens 23 is less than a window"):
             load_calibration("demo", tokenizer, 23, 0)

@@ -178,3 +178,11 @@ def test_weights_that_are_not_finite_are_named_before_anything_changes(model, va
     with pytest.raises(UserError, match="h.1.mlp.c_fc"):
         quantize_model(model, METHODS["mse"], 16)
     assert not any(isinstance(module, Int4Linear) for module in model.modules())
+
+
+def test_how_a_checkpoint_was_made():
+    assert gptq_format.made_how(gptq_format.describe("gptaq", 128, False, "int8")) == (
+        "gptaq, groups of 128, embedding int8"
+    )
+    for foreign in ({"group_size": WHOLE_ROW}, {"group_size": WHOLE_ROW, "meta": "of another tool"}):
+        assert gptq_format.made_how(foreign) == "method unknown, a group a row, embedding fp16"
