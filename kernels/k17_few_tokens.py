@@ -41,11 +41,11 @@ where lesson 10 takes 15 for one. There is room for one program a multiprocessor
 one token's large layers come in passes (`passes_kernel`): registers for 16 blocks, and while those are multiplied the
 next 16 are on their way. That takes a barrier at which no thread needs another: the assembler, who counts registers,
 moves the next pass's loads behind this one's products, but not across a barrier. (It shows in the machine code, where
-a test looks.) Predicted: 11 microseconds; reading alone takes 8. Measured so far, with twice the rows and the warps a
-program: 13.8; and beside another small kernel 15.3, where twice the rows and warps took 16.3. An earlier form
-of those took 15.2, and lesson 10 beside it 15.5. Few rows are no case for passes, 2048 x 8192 took 8.6 in place of 5.1,
-and short ones hardly, 16384 x 4096 17.1 in place of 16.2 (all at group size 128, results/attempts.json; these two with
-twice the rows and warps, too).
+a test looks.) Predicted: 11 microseconds; reading alone takes 8. With 32 rows and 8 warps a program it took 13.8, where
+lesson 10 took 15.4. The 16 rows and 4 warps that it has now were only timed beside another small kernel, 15.3 together,
+32 rows and 8 warps with the same one 16.3: so perhaps 12.8. Few rows are no case for passes, 2048 x 8192 took 8.6 in
+place of 5.1, nor are short ones, 16384 x 4096 17.1 in place of 16.2 (group size 128, results/attempts.json; both with
+32 rows).
   Tried and failed (results/attempts.json, group size 128). x into registers as well, each thread its own part: the
 assembler moves such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3
 microseconds where it now takes 2.4. Unpacking all codes before the wait, while there is time: four registers of

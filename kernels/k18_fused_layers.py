@@ -32,16 +32,17 @@ torch's five fp16 kernels:
 
     n_embd, M              768, 1     768, 8     1600, 1    1600, 8
     microseconds           4.4        7.2        8.3        12.7
-    torch's fp16           18.9       18.9       27.8       28.0        4.3x, 2.6x, 3.4x, 2.2x
+    torch's fp16           18.9       18.9       27.8       28.0
+    times as fast          4.3        2.6        3.4        2.2
 
 Predicted: twice lesson 17's times and 0.2 each, 4.2 and 4.5 at 768, 6.8 and 8.7 at 1600, for one token and eight. Only
 one token at 768 keeps to it. At 1600 the two kernels that take turns share the multiprocessors' registers, and the
 second's programs, which hold 13 blocks a warp, do not fit beside the first's; why 8 tokens at 768 take 7.2 is not
 understood.
   Operands made before the wait came later than this table. A step of GPT-2 XL at position 1020 takes 799 microseconds
-with four blocks ready, 826 with two, 877 with none (predicted: 820 and 882); with all seven 914, as their registers
-keep other programs out. At n_embd 768 and 1024 two blocks gain up to 7%, and four lose up to 7%, but at 768 and
-position 1020, where they gain 4%. At 1280 four gain 5% at position 1020 and lose 1% at 508 (results/attempts.json).
+with four blocks ready, 826 with two, 877 with none (predicted: 820 with four, 882 with none); with seven 914, as their
+registers keep other programs out. At n_embd 768 and 1024 two blocks gain up to 7%, and four lose up to 7%, but at 768
+and position 1020, where they gain 4%. At 1280 four gain 5% at position 1020 and lose 1% at 508 (results/attempts.json).
   How it stands against cancellation: gamma x is kept in fp16, so what the subtraction cancels is lost from its three
 digits. Where |mean| is ten times the deviation that costs one of them; below the deviation it hardly shows, and
 GPT-2's mean is a fraction of it.
