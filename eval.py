@@ -13,7 +13,6 @@ often both hold the same token most probable (`minigpt/evaluate.py`).
 import argparse
 import dataclasses
 import datetime
-import json
 import platform
 import shlex
 import sys
@@ -30,7 +29,6 @@ from minigpt.files import check_file, write_json
 from minigpt.model import GPT
 from minigpt.quantization.convert import bits_per_weight
 from minigpt.quantization.fused_decode import fused_step
-from minigpt.quantization.gptq_format import made_how
 from minigpt.quantization.linear import Int4Linear, describe_path
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import encode, tokenizer_for
@@ -152,14 +150,8 @@ def measure(
         peak_memory_bytes=peak,
         device=protocol["device"],
         int4_path=describe_path(model),
-        made_how=None if bits == 16.0 else made_how(quantization_settings(path)),
+        made_how=None if bits == 16.0 else checkpoint.made_how(path),
     )
-
-
-def quantization_settings(path: Path) -> dict[str, Any]:
-    """The `quantization_config` of an int4 checkpoint that has been loaded, and so has a good one."""
-    config: dict[str, Any] = json.loads((checkpoint.checkpoint_folder(path) / "config.json").read_text())
-    return config["quantization_config"]
 
 
 def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[str, Any]:

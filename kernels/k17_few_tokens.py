@@ -141,6 +141,7 @@ def passes_kernel(
     scale_zeros_ptr,  # int32 [groups, N]
     bias_ptr,  # fp16, bf16 or fp32 [N], or nothing
     out_ptr,  # fp16 or bf16 [N]
+    M,  # 1
     N,
     K,
     blocks,
@@ -162,7 +163,7 @@ def passes_kernel(
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
     x = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [PASSES, BLOCKS, 64], shared)
     for i in gl.static_range(PASSES):
-        copy_blocks(x.index(i), x_ptr, 1, K, blocks, 1, BLOCKS, num_warps, i * BLOCKS)
+        copy_blocks(x.index(i), x_ptr, M, K, blocks, 1, BLOCKS, num_warps, i * BLOCKS)
     async_copy.commit_group()
     async_copy.wait_group(0)
     barrier()
@@ -174,7 +175,7 @@ def passes_kernel(
         barrier()  # no thread needs another here; but the assembler would move the loads behind the products
         acc = accumulate(acc, x.index(i), codes, words, 1, 0, STEP, mma, num_warps)
         codes, words = next_codes, next_words
-    store(gl.sum(acc, 0), bias_ptr, out_ptr, first_row, 1, N, HAS_BIAS, mma)
+    store(gl.sum(acc, 0), bias_ptr, out_ptr, first_row, M, N, HAS_BIAS, mma)
 
 
 def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -207,23 +208,10 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         raise ValueError(f"x has shape {list(x.shape)}, for {m} tokens K is at most {most_columns}")
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 1 and in_passes(n, k):
-        passes_kernel[(triton.cdiv(n, TILE_ROWS),)](
-            x_2d,
-            weight.codes,
-            weight.scale_zeros,
-            bias,
-            out,
-            n,
-            k,
-            weight.blocks,
-            HAS_BIAS=bias is not None,
-            GROUP_SIZE=weight.group_size,
-            PASSES=triton.cdiv(weight.blocks, PASS_BLOCKS),
-            **PASS,
-            **common.early_launch(),
-        )
-        return out.view(*x.shape[:-1], n)
-    few_tokens_kernel[(triton.cdiv(n, TILE_ROWS),)](
+        kernel, options = passes_kernel, {"PASSES": triton.cdiv(weight.blocks, PASS_BLOCKS), **PASS}
+    else:
+        kernel, options = few_tokens_kernel, {"BLOCK_M": block_m, **launch_options(k)}
+    kernel[(triton.cdiv(n, TILE_ROWS),)](
         x_2d,
         weight.codes,
         weight.scale_zeros,
@@ -235,8 +223,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         weight.blocks,
         HAS_BIAS=bias is not None,
         GROUP_SIZE=weight.group_size,
-        BLOCK_M=block_m,
-        **launch_options(k),
+        **options,
         **common.early_launch(),
     )
     return out.view(*x.shape[:-1], n)

@@ -44,8 +44,7 @@ Where a multiprocessor has a single program with few tokens, one warpgroup is to
 share K then, a step each in turn, and the second one's sums go through shared memory to the first. (Each ring has an
 even number of steps for them, so that each has slots of its own. A barrier shows no more than whether the number of
 deliveries is odd or even. In a slot that changed hands, one would miss a delivery, and take the next for the last.)
-Where K is long and there are few tiles, programs share K
-as in lesson 12, and `parts.py` adds up.
+Where K is long and there are few tiles, programs share K as in lesson 12, and `parts.py` adds up.
 
 MEASURED on an H200 (results/k22_two_rings.json: command, versions, date; group size 128), microseconds (times fp16):
 

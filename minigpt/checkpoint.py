@@ -214,6 +214,11 @@ def file_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
+def made_how(path: Path) -> str:
+    """How an int4 checkpoint that can be loaded was made: 'gptq, groups of 64, embedding int8'."""
+    return gptq_format.made_how(_read_config(path, {})["quantization_config"])
+
+
 def holds_another_model(folder: Path, model: GPT) -> bool:
     """Whether a folder has a checkpoint with other position embeddings than `model`, in fp16: int4 keeps them so.
 

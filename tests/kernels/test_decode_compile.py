@@ -158,7 +158,7 @@ def compile_gluon(arch, m, k, variant):
 
     kernel, pointers, options = variant
     options = {**options, "PDL": arch >= 90}
-    if m == 1 and "M" in kernel.arg_names:
+    if m == 1:
         options["M"] = 1  # an argument of 1 is compiled in
     types = {name: f"*{pointed}" for name, pointed in pointers.items()}
     types |= {"eps": "fp32"} | dict.fromkeys(options, "constexpr")
