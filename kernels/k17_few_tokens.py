@@ -38,19 +38,24 @@ As predicted for few bytes; 8192 x 2048 is bytes again, 9.4 MB at half the memor
 the last two and one token, lesson 9 with its two kernels 4.6 and 8.3 for 16 (group size 128, results/attempts.json).
   All of K in registers fails for a large layer: 8192 x 8192 took 16 and 23 microseconds for one token and for eight,
 where lesson 10 takes 15 for one. There is room for one program a multiprocessor, and there are four times as many. So
-one token's large layers come in passes (`passes_kernel`): registers for 16 blocks, and while those are multiplied the
-next 16 are on their way. That takes a barrier at which no thread needs another: the assembler, who counts registers,
-moves the next pass's loads behind this one's products, but not across a barrier. (It shows in the machine code, where
-a test looks.) Predicted: 11 microseconds; reading alone takes 8. With 32 rows and 8 warps a program it took 13.8, where
-lesson 10 took 15.4. The 16 rows and 4 warps that it has now were only timed beside another small kernel, 15.3 together,
-32 rows and 8 warps with the same one 16.3: so perhaps 12.8. Few rows are no case for passes, 2048 x 8192 took 8.6 in
-place of 5.1, nor are short ones, 16384 x 4096 17.1 in place of 16.2 (group size 128, results/attempts.json; both with
-32 rows).
+one token's large layers come in passes (`passes_kernel`): registers for 8 or 16 blocks, and while those are multiplied
+the next ones are on their way. That takes a barrier at which no thread needs another: the assembler, who counts
+registers, moves the next pass's loads behind this one's products, but not across a barrier. (It shows in the machine
+code, where a test looks.) Predicted: 11 microseconds; reading alone takes 8. Group size 128, results/attempts.json:
+
+    N x K                     8192x4096    16384x4096    4096x8192    8192x8192    8192x8192, group size 64
+    fp16                        19.4          34.5         22.3         38.8         39.3
+    lesson 10                    8.7          16.6         10.6         15.5         16.3
+    all of K in registers        8.6          16.1          8.3         16.5         16.3
+    in passes                    7.9          12.9          8.7         14.1         13.6
+
+Short passes are best, two blocks a warp: with four the first two took 8.0 and 13.5, the last two 14.6 and 13.9, with
+eight 9.5, 18.4, 16.0 and 15.8. Few rows are no case for passes; in 4096 x 8192 there are two programs a multiprocessor.
   Tried and failed (results/attempts.json, group size 128). x into registers as well, each thread its own part: the
 assembler moves such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3
 microseconds where it now takes 2.4. Unpacking all codes before the wait, while there is time: four registers of
-operands for one of codes, so fewer programs at a time, and 5.7 in place of 4.3 at 8192 x 2048. (Lesson 18 unpacks a
-few.)
+operands for one of codes, so fewer programs at a time, and 5.7 in place of 4.3 at 8192 x 2048. Unpacking a few pays in
+lesson 18, where kernels differ; here, one in a row of equals, it took 18% less to 18% more, mostly 0 to 6% more.
   A surprise: 4 tokens took longer than 8 (at 2048 x 2048 2.6 microseconds and 2.4) as long as the missing tokens were
 read as copies of the last. All programs then read the same few bytes five times over, and one slice of the L2 cache had
 to serve them.
@@ -87,8 +92,6 @@ MOST_TOKENS = 16
 MOST_COLUMNS = 8192  # of w: its codes, 16 blocks a warp, fill the registers
 MOST_NUMBERS = 65536  # of x, with tokens rounded up: 128 KB of shared memory
 MOST_COLUMNS_IN_PASSES = 32768  # 64 KB of shared memory
-PASS = {"STEP": 4, "num_warps": 4}
-PASS_BLOCKS = PASS["STEP"] * PASS["num_warps"]
 
 
 @gluon.jit
@@ -208,7 +211,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         raise ValueError(f"x has shape {list(x.shape)}, for {m} tokens K is at most {most_columns}")
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 1 and in_passes(n, k):
-        kernel, options = passes_kernel, {"PASSES": triton.cdiv(weight.blocks, PASS_BLOCKS), **PASS}
+        kernel, options = passes_kernel, pass_options(k)
     else:
         kernel, options = few_tokens_kernel, {"BLOCK_M": block_m, **launch_options(k)}
     kernel[(triton.cdiv(n, TILE_ROWS),)](
@@ -231,7 +234,13 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
 
 def in_passes(n: int, k: int) -> bool:
     """Whether one token's product with a weight [n, k] is made in passes: rows too long for registers, or too many."""
-    return k > MOST_COLUMNS or (k > 4096 and n * k >= 2**26)
+    return k > MOST_COLUMNS or (k >= 4096 and n >= 5120)
+
+
+def pass_options(k: int) -> dict[str, int]:
+    """How many passes there are for K = k columns, blocks of 64 columns a warp and pass, and warps."""
+    step, warps = 2, 4 if k <= 4096 else 8
+    return {"PASSES": triton.cdiv(k, BLOCK * step * warps), "STEP": step, "num_warps": warps}
 
 
 def check() -> Iterator[common.Check]:

@@ -31,18 +31,19 @@ MEASURED on an H200 (results/k18_fused_layers.json: command, versions, date; gro
 torch's five fp16 kernels:
 
     n_embd, M              768, 1     768, 8     1600, 1    1600, 8
-    microseconds           4.4        7.2        8.3        12.7
-    torch's fp16           18.9       18.9       27.8       28.0
-    times as fast          4.3        2.6        3.4        2.2
+    microseconds           4.4        6.8        7.1        10.9
+    torch's fp16           18.8       18.8       27.8       27.8
+    times as fast          4.3        2.8        3.9        2.5
 
-Predicted: twice lesson 17's times and 0.2 each, 4.2 and 4.5 at 768, 6.8 and 8.7 at 1600, for one token and eight. Only
-one token at 768 keeps to it. At 1600 the two kernels that take turns share the multiprocessors' registers, and the
-second's programs, which hold 13 blocks a warp, do not fit beside the first's; why 8 tokens at 768 take 7.2 is not
-understood.
-  Operands made before the wait came later than this table. A step of GPT-2 XL at position 1020 takes 799 microseconds
-with four blocks ready, 826 with two, 877 with none (predicted: 820 with four, 882 with none); with seven 914, as their
-registers keep other programs out. At n_embd 768 and 1024 two blocks gain up to 7%, and four lose up to 7%, but at 768
-and position 1020, where they gain 4%. At 1280 four gain 5% at position 1020 and lose 1% at 508 (results/attempts.json).
+Predicted: twice lesson 17's times and 0.2 each, 4.2 and 4.5 at 768, 6.8 and 8.7 at 1600, for one token and eight. One
+token keeps to it. At 1600 the two kernels that take turns share the multiprocessors' registers, and the second's
+programs, which hold 13 blocks a warp, do not fit beside the first's; why 8 tokens at 768 take 6.8 is not understood.
+  Operands made before the wait: one token at 1600 took 8.3 without, eight 12.7, eight at 768 7.2. A step of GPT-2 XL at
+position 1020 takes 799 microseconds with four blocks ready, 826 with two, 877 with none (predicted: 820 with four, 882
+with none); with seven 914, as their registers keep other programs out. At n_embd 768 and 1024 two blocks gain up to 7%,
+and four lose up to 7%, but at 768 and position 1020, where they gain 4%. At 1280 four gain 5% at position 1020 and lose
+1% at 508. For eight sequences it is the other way about: up to 1280 four gain up to 14%, and at 1600 two gain 2 to 8%,
+where four lose 1 to gain 3 (results/attempts.json).
   How it stands against cancellation: gamma x is kept in fp16, so what the subtraction cancels is lost from its three
 digits. Where |mean| is ten times the deviation that costs one of them; below the deviation it hardly shows, and
 GPT-2's mean is a fraction of it.
@@ -207,7 +208,7 @@ def launch(
         TILES=triton.next_power_of_2(triton.cdiv(weight.in_features, TILE_ROWS)),
         GROUP_SIZE=weight.group_size,
         BLOCK_M=1 if m == 1 else 8,
-        READY=ready_blocks(weight.out_features, weight.in_features) if m == 1 else 0,
+        READY=ready_blocks(m, weight.out_features, weight.in_features),
         **launch_options(weight.in_features),
         **common.early_launch(),
     )

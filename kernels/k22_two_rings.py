@@ -64,7 +64,9 @@ Steps of one block took 20.8 microseconds for 16 tokens of 8192 x 8192, 9.4 of 2
 longer ones 11.5, 6.0 and 4.2 were predicted. So the chain was a third of it, where rows are long. What is left is no
 lack of bytes: a kernel that only reads 34 MB, cold, takes 8.0 microseconds (4.2 TB/s, results/attempts.json). But 67
 million weights, at 84 instructions for 16 rows of a block, take the schedulers of all multiprocessors 5.9. Lesson 17
-needs 86, and ends at 15 microseconds, too. To do both at once, rather than one after the other, is what is left.
+needs 86, and ends at 15 microseconds, too. To do both at once, rather than one after the other, is what is left. A
+third warpgroup that shares K hardly does it: 14.0 where two take 14.4 (13 predicted), and 8.1 for 7.7 of 2048 x 8192.
+Nor does lesson 17's loop in passes, with 64 rows a program and x copied asynchronously: 21 (11.5 predicted).
   A surprise, still with one block a step: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer
 of them, weight and x, through the L2 cache than 64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2
 microseconds where those took 9.8. Nor is it the number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64

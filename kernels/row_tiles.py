@@ -466,14 +466,16 @@ def launch_options(k: int) -> dict[str, int]:
     return {"STEP": triton.cdiv(blocks, warps), "num_warps": warps}
 
 
-def ready_blocks(n: int, k: int) -> int:
-    """How many of a warp's blocks `make_ready` should make of a weight [N, K] = [n, k], for a single token.
+def ready_blocks(m: int, n: int, k: int) -> int:
+    """How many of a warp's blocks `make_ready` should make: of a weight [N, K] = [n, k], for M = m tokens.
 
-    Measured on an H200 in steps of GPT-2 (results/attempts.json), at two or three positions: four are best with n_embd
-    1600 (k = 6400 in the MLP's second layer) and at one position of two with 1280 (k = 5120), two with less, as a rule;
-    more take registers that other programs need. Where programs come in many rounds only the first round waits.
+    Measured on an H200 in steps of GPT-2 (results/attempts.json), at two or three positions. For one token four are
+    best with n_embd 1600, and at one position of two with 1280, two with less, as a rule; for eight two are best with
+    1600, four with less. More take registers that other programs need. Where programs come in many rounds only the
+    first round waits.
     """
-    if n > MANY_ROWS:
+    if n > MANY_ROWS or m > 8:
         return 0
-    wanted = 4 if 1280 <= k < 3072 or k >= 5120 else 2
-    return min(wanted, launch_options(k)["STEP"])
+    n_embd = k if k < 3072 else k // 4  # the MLP's second layer has K = 4 n_embd
+    four = n_embd >= 1280 if m == 1 else n_embd <= 1280
+    return min(4 if four else 2, launch_options(k)["STEP"])

@@ -301,8 +301,12 @@ def calibration_of(rows: list[dict[str, Any]]) -> str:
             text = f"{row['calibration_tokens']:,} tokens of {row['calibration']}'s training text"
             texts.setdefault(text, []).append(row["method"])
     said = "; ".join(f"{', '.join(dict.fromkeys(methods))} saw {text}" for text, methods in texts.items())
-    tunings = {(row["tuning_steps"], row["tuning_tokens"]) for row in rows if row["tuning_steps"]}
-    tuned = "".join(f"; tuned in {steps} steps on {tokens:,} tokens of it" for steps, tokens in sorted(tunings))
+    tunings = [row for row in rows if row["tuning_steps"]]
+    steps, tokens = (
+        " or ".join(f"{number:,}" for number in sorted({row[key] for row in tunings}))
+        for key in ("tuning_steps", "tuning_tokens")
+    )
+    tuned = f"; tuned in {steps} steps on {tokens} tokens of it" if tunings else ""
     seeds = "; ± is half the range over seeds" if len({row["seed"] for row in rows} - {None}) > 1 else ""
     return f" {said}{tuned}{seeds}." if said else ""
 
