@@ -3,6 +3,7 @@
     python eval.py                                   GPT-2 124M and what quantize.py made of it, on WikiText-2
     python eval.py demo                              the model that ships with this project, on text that does too
     python eval.py gpt2 --stride 512                 the stride of most published figures
+    python eval.py gpt2 --activation-bits 8          int4 layers round their inputs to 8 bits when they read a text
     python eval.py my-gpt2/ --quantized my-int4/ other-int4/ --dataset my_text.txt --json out.json
 
 One table, a row for FP16 and one for each int4 checkpoint, all measured in the same run in the same way. An int4 model
@@ -29,7 +30,7 @@ from minigpt.files import check_file, write_json
 from minigpt.model import GPT
 from minigpt.quantization.convert import bits_per_weight
 from minigpt.quantization.fused_decode import fused_step
-from minigpt.quantization.linear import Int4Linear, describe_path
+from minigpt.quantization.linear import Int4Linear, describe_path, set_activation_bits
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import encode, tokenizer_for
 
@@ -72,6 +73,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--context-length", type=int, help="tokens in a window (default: as many as the model reads)")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: the context length)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    parser.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(16, 8),
+        default=16,
+        help="of int4 layers' inputs when reading (perplexity, scoring, prefill), not when decoding (default: 16)",
+    )
     parser.add_argument(
         "--compile", action="store_true", help="decode FP16 by torch.compile, on a GPU (a minute or so)"
     )
@@ -120,11 +128,12 @@ def measure(
     how, step_logits = decode_way(model, weights, args)
     memory = evaluate.PeakMemory(torch.device(args.device))
     window = min(protocol["context_length"], len(tokens))
-    scoring = evaluate.scoring_rate(model, tokens, window, args.batch_size)
-    prefill = evaluate.prefill_rate(model, tokens, protocol["prefill_tokens"])
     decode = evaluate.decode_rate(
         model, tokens, protocol["decode_prompt_tokens"], protocol["decode_new_tokens"], how=how, step_logits=step_logits
     )
+    set_activation_bits(model, args.activation_bits)
+    scoring = evaluate.scoring_rate(model, tokens, window, args.batch_size)
+    prefill = evaluate.prefill_rate(model, tokens, protocol["prefill_tokens"])
     peak = memory.read()  # of this model alone: its reference comes after
     score = evaluate.perplexity(
         model,
@@ -176,6 +185,7 @@ def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[s
         "decode_prompt_tokens": prompt,
         "decode_new_tokens": min(128, model.config.n_positions - prompt),
         "arithmetic": str(arithmetic_dtype(args.device)).removeprefix("torch."),
+        "activation_bits": args.activation_bits,
         "device": describe_device(args.device),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -187,12 +197,13 @@ def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[s
 def describe_protocol(protocol: dict[str, Any]) -> str:
     """The protocol in three lines, for the table's head."""
     p = protocol
+    rounded = "" if p["activation_bits"] == 16 else "; when reading, int4 layers round their inputs to 8 bits"
     return (
         f"{p['model']} on {p['dataset']}: {p['tokens']:,} tokens, windows of {p['context_length']}, "
         f"stride {p['stride']}; bits a weight of the linear layers, KL in nats a token\n"
         f"tokens/s: scoring, batch {p['batch_size']}; prefill, {p['prefill_tokens']} at once; decode, batch 1, greedy, "
         f"KV cache, up to {p['decode_new_tokens']} after {p['decode_prompt_tokens']}; medians\n"
-        f"{p['device']}, arithmetic in {p['arithmetic']}, torch {p['torch']}, Python {p['python']}"
+        f"{p['device']}, arithmetic in {p['arithmetic']}, torch {p['torch']}, Python {p['python']}{rounded}"
     )
 
 

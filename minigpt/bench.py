@@ -10,10 +10,11 @@ its path, is loaded. Int4 is made in memory, by absmax. Every measurement is mer
 
 The protocol. decode: greedy, the choice of the token included, a static cache as long as the context and filled with
 random numbers, at the context's last 16 positions (`evaluate.step_rate`). prefill: the largest batch, as long as the
-model reads, with the loss of every token (`evaluate.scoring_rate`), on a GPU replayed from a graph. Medians. Before it
-is timed, a step's logits are compared with those of the plain model on the same weights, and its choice with the best
-of them. The roofline is the time in which a copy on the same device, in the same run, moves as many bytes as a step
-must read: all weights but the position embedding's, and the cache.
+model reads, with the loss of every token (`evaluate.scoring_rate`), on a GPU replayed from a graph, and for int4 once
+more with the linear layers' inputs rounded to 8 bits (w4a8). Medians. Before it is timed, a step's logits are compared
+with those of the plain model on the same weights, and its choice with the best of them. The roofline is the time in
+which a copy on the same device, in the same run, moves as many bytes as a step must read: all weights but the position
+embedding's, and the cache.
 """
 
 import argparse
@@ -39,7 +40,7 @@ from minigpt.model import GPT, KVCache
 from minigpt.quantization.convert import check_fits, quantize_model
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
 from minigpt.quantization.fused_decode import fused_step
-from minigpt.quantization.linear import Int4Linear, Int4Weight
+from minigpt.quantization.linear import Int4Linear, Int4Weight, set_activation_bits
 from minigpt.quantization.persistent_step import persistent_step
 from minigpt.quantization.rtn import METHODS
 from minigpt.step_profile import format_profile, profile_step
@@ -62,6 +63,13 @@ class Subject(NamedTuple):
 
     model: GPT
     labels: Row
+
+
+def prefill_ways(weights: str, device: str) -> dict[str, int]:
+    """How a text can be read there, and how many bits linear layers' inputs then have. w4a8: captured, and with 8."""
+    if not device.startswith("cuda"):
+        return {"eager": 16}
+    return {"captured": 16, "w4a8": 8} if weights == "int4" else {"captured": 16}
 
 
 def ways(weights: str, device: str) -> tuple[str, ...]:
@@ -246,12 +254,13 @@ def measure(
             step_logits = None
     batch_size, length = max(args.batch_sizes), model.config.n_positions
     tokens = torch.arange(batch_size * length, device=args.device) % model.config.vocab_size
-    rate = evaluate.scoring_rate(model, tokens, length, batch_size, SECONDS)
-    how = "captured" if args.device.startswith("cuda") else "eager"
-    yield {
-        **labels,
-        **{"what": "prefill", "batch": batch_size, "context": length, "how": how, "tokens_per_second": rate},
-    }
+    for how, bits in prefill_ways(labels["weights"], args.device).items():
+        set_activation_bits(model, bits)
+        rate = evaluate.scoring_rate(model, tokens, length, batch_size, SECONDS)
+        yield {
+            **labels,
+            **{"what": "prefill", "batch": batch_size, "context": length, "how": how, "tokens_per_second": rate},
+        }
 
 
 def bench_decode(args: argparse.Namespace) -> list[Row]:

@@ -349,6 +349,7 @@ DECODE_WAYS = (
     ("int4", "captured", "int4 captured"),
     ("int4", "fused", "int4 fused"),
     ("int4", "persistent", "int4 persistent"),
+    ("int4", "w4a8", "int4, 8-bit inputs"),
 )
 
 
@@ -364,10 +365,13 @@ def decode_columns(groups: dict[tuple[Any, ...], Group]) -> list[tuple[str, str,
 
 
 def decode_rates(group: Group, columns: list[tuple[str, str, str]]) -> list[str]:
-    """The cells of a group: tokens a second each way, and how many times as fast int4's best is as the others'."""
-    rates = [f"{group[w, how]['tokens_per_second']:,.0f}" if (w, how) in group else "-" for w, how, _ in columns]
-    times = fastest(group, int4=True)["tokens_per_second"] / fastest(group, int4=False)["tokens_per_second"]
-    return [*rates, f"{times:.2f}x"]
+    """The cells of a group: tokens a second each way."""
+    return [f"{group[w, how]['tokens_per_second']:,.0f}" if (w, how) in group else "-" for w, how, _ in columns]
+
+
+def times_floating(row: dict[str, Any], group: Group) -> str:
+    """How many times as fast a measurement is as the fastest of its group in floating point."""
+    return f"{row['tokens_per_second'] / fastest(group, int4=False)['tokens_per_second']:.2f}x"
 
 
 def decode(on_cpu: bool = False) -> str:
@@ -389,6 +393,7 @@ def decode(on_cpu: bool = False) -> str:
                 str(context),
                 embedding,
                 *decode_rates(group, columns),
+                times_floating(fastest(group, int4=True), group),
                 " / ".join(f"{100 * fastest(group, int4)['share_of_roofline']:.0f}%" for int4 in (False, True)),
             ]
             for (model, batch, context, embedding, _), group in groups.items()
@@ -407,7 +412,13 @@ def prefill(on_cpu: bool = False) -> str:
         """The table of a GPU."""
         columns = decode_columns(groups)
         cells = [
-            [model, f"{batch} x {context}", embedding, *decode_rates(group, columns)]
+            [
+                model,
+                f"{batch} x {context}",
+                embedding,
+                *decode_rates(group, columns),
+                " / ".join(times_floating(row, group) for (weights, _), row in group.items() if weights == "int4"),
+            ]
             for (model, batch, context, embedding, _), group in groups.items()
         ]
         names = [*(name.removesuffix(" eager") for *_, name in columns), "int4 / floating point"]

@@ -141,6 +141,13 @@ class Int4Linear(Int4Weight):
         return kernels.matmul(x, self.held, self.bias, self.activation_bits)
 
 
+def set_activation_bits(model: nn.Module, bits: int) -> None:
+    """Has all int4 linear layers of a model multiply with inputs as they are, 16, or rounded to 8 bits."""
+    for layer in model.modules():
+        if isinstance(layer, Int4Linear):
+            layer.activation_bits = bits
+
+
 def describe_path(model: nn.Module) -> str:
     """What multiplies a model's int4 weights: its own kernels, torch's, or the reference. Empty if it has none."""
     paths = {

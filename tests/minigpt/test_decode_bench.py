@@ -15,6 +15,7 @@ from minigpt.decode import DecodeStep, model_logits
 from minigpt.errors import UserError
 from minigpt.files import merge, read_rows
 from minigpt.model import GPT
+from minigpt.quantization.linear import Int4Linear
 from minigpt.sampling import GREEDY
 from minigpt.step_profile import GAPS, MARK, PARTS, Kernel
 
@@ -169,6 +170,23 @@ def test_prefill_reads_the_largest_batch_and_as_much_as_the_model_can(folder, mo
     assert [(row["batch"], row["context"], row["tokens_per_second"]) for row in prefill] == [(3, T, 3.0 * T)] * 3
 
 
+def test_int4_reads_with_inputs_of_16_and_of_8_bits(folder, monkeypatch):
+    """On a GPU; here as if there were one. What is timed later has 16 again."""
+    seen = []
+
+    def scoring_rate(model, *_):
+        seen.append([layer.activation_bits for layer in model.modules() if isinstance(layer, Int4Linear)])
+        return 1.0
+
+    monkeypatch.setattr(evaluate, "scoring_rate", scoring_rate)
+    of_a_gpu = bench.prefill_ways
+    monkeypatch.setattr(bench, "prefill_ways", lambda weights, device: of_a_gpu(weights, "cuda"))
+    rows = decode(monkeypatch, "--batch-sizes", 1, "--contexts", 4)
+    prefill = [(row["weights"], row["how"]) for row in rows if row["what"] == "prefill"]
+    assert sorted(prefill) == [("bf16", "captured"), ("fp32", "captured"), ("int4", "captured"), ("int4", "w4a8")]
+    assert seen[-2:] == [[16] * 4 * LAYERS, [8] * 4 * LAYERS] and seen[:-2] == [[], []]
+
+
 def with_fused(monkeypatch, fused_step):
     """As if there were fused kernels for a CPU."""
     monkeypatch.setattr(bench, "fused_step", fused_step)
@@ -307,6 +325,8 @@ def made_up():
                        "weight_bytes": size * 1e6},
             prefill | {"weights": "int4", "embedding": "int8", "group_size": 128, "tokens_per_second": 6000.0,
                        "weight_bytes": size * 0.3e6},
+            prefill | {"weights": "int4", "embedding": "int8", "group_size": 128, "tokens_per_second": 7500.0,
+                       "weight_bytes": size * 0.3e6, "how": "w4a8"},
         ]  # fmt: skip
     source = {"gpu": "Some GPU", "torch": "2", "triton": "3", "date": "today", "command": "python it"}
     return [source | row for row in rows]
@@ -333,7 +353,9 @@ def test_tables(readme):
     assert [line[1:3] for line in small] == [["1", "128"], ["1", "1024"], ["8", "128"], ["8", "1024"]]
     assert small[2][3:] == ["int8", "800", "8,000", "16,000", "32,000", "4.00x", "1% / 4%"]
     assert "Some GPU, torch 2, Triton 3, today; `python it`" in table
-    assert cells(readme.TABLES["prefill"](), "| large") == [["large", "8 x 1024", "int8", "5,000", "6,000", "1.20x"]]
+    assert cells(readme.TABLES["prefill"](), "| large") == [
+        ["large", "8 x 1024", "int8", "5,000", "6,000", "7,500", "1.20x / 1.50x"]
+    ]
     assert cells(readme.TABLES["decode-bytes"](), "| small") == [["small", "100.0 MB", "30.0 MB (0.300x)"]]
     assert readme.TABLES["decode-cpu"]() == ""
 
