@@ -264,27 +264,12 @@ def draw(windows: Tensor, steps: int, batch_size: int, seed: int) -> Iterator[Te
         yield windows[rows.to(windows.device)]
 
 
-def divergence(model: GPT, reference: GPT, hidden: Tensor, target: Tensor) -> Tensor:
-    """Sum over a window's positions of KL(reference || model), from their residual streams after ln_f.
-
-    Args:
-        model, reference: for their output layers.
-        hidden, target: float32 [T, C], the model's and the reference's.
-
-    Returns:
-        [], in nats.
-    """
-    log_q = F.log_softmax(model.lm_head(hidden), dim=-1)  # [T, V]
-    with torch.no_grad():
-        log_p = F.log_softmax(reference.lm_head(target), dim=-1)  # [T, V]
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-
-
 def differentiate(model: GPT, reference: GPT, tokens: Tensor) -> None:
     """Adds to the parameters' gradients those of the mean divergence over a batch, int64 [B, T].
 
     Logits are large (50,257 numbers a position): they are made, differentiated and let go a window at a time, down to
-    the residual stream after ln_f, and the blocks are differentiated once, for all windows.
+    the residual stream after ln_f, and the blocks are differentiated once, for all windows. With respect to the logits
+    behind q, KL(p || q) has the derivative q - p, which takes a third of the passes over them that autograd would.
     """
     with in_bfloat16(tokens.device):
         with torch.no_grad():
@@ -292,8 +277,11 @@ def differentiate(model: GPT, reference: GPT, tokens: Tensor) -> None:
         hidden = model.hidden(tokens)  # [B, T, C]
     windows = [window.detach().requires_grad_() for window in hidden]  # B times [T, C]
     for window, target in zip(windows, targets, strict=True):
-        (divergence(model, reference, window, target) / tokens.numel()).backward()
-    hidden.backward(torch.stack([window.grad for window in windows if window.grad is not None]))
+        logits = model.lm_head(window)  # [T, V]
+        with torch.no_grad():
+            gradient = logits.softmax(-1).sub_(reference.lm_head(target).softmax(-1))
+        logits.backward(gradient)
+    hidden.backward(torch.stack([window.grad for window in windows if window.grad is not None]) / tokens.numel())
 
 
 @torch.no_grad()
@@ -313,6 +301,21 @@ def validate(model: GPT, reference: GPT, windows: Tensor, batch_size: int) -> fl
             "both give finite perplexities; if they do, quantize without tuning"
         )
     return max(nats, 0.0) / windows.numel()  # of two equal models, rounding may leave a little less than nothing
+
+
+def divergence(model: GPT, reference: GPT, hidden: Tensor, target: Tensor) -> Tensor:
+    """Sum over a window's positions of KL(reference || model), from their residual streams after ln_f.
+
+    Args:
+        model, reference: for their output layers.
+        hidden, target: float32 [T, C], the model's and the reference's.
+
+    Returns:
+        [], in nats.
+    """
+    log_q = F.log_softmax(model.lm_head(hidden), dim=-1)  # [T, V]
+    log_p = F.log_softmax(reference.lm_head(target), dim=-1)  # [T, V]
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True)
 
 
 def snapshot(model: GPT) -> dict[str, Tensor]:
