@@ -3,7 +3,7 @@
     python eval.py                                   GPT-2 124M and what quantize.py made of it, on WikiText-2
     python eval.py demo                              the model that ships with this project, on text that does too
     python eval.py gpt2 --stride 512                 the stride of most published figures
-    python eval.py gpt2 --activation-bits 8          int4 layers round their inputs to 8 bits when they read a text
+    python eval.py gpt2 --activation-bits 8          int4 layers may round their inputs to 8 bits when they read a text
     python eval.py my-gpt2/ --quantized my-int4/ other-int4/ --dataset my_text.txt --json out.json
 
 One table, a row for FP16 and one for each int4 checkpoint, all measured in the same run in the same way. An int4 model
@@ -197,7 +197,7 @@ def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[s
 def describe_protocol(protocol: dict[str, Any]) -> str:
     """The protocol in three lines, for the table's head."""
     p = protocol
-    rounded = "" if p["activation_bits"] == 16 else "; when reading, int4 layers round their inputs to 8 bits"
+    rounded = "" if p["activation_bits"] == 16 else "; when reading, int4 layers may round inputs to 8 bits"
     return (
         f"{p['model']} on {p['dataset']}: {p['tokens']:,} tokens, windows of {p['context_length']}, "
         f"stride {p['stride']}; bits a weight of the linear layers, KL in nats a token\n"

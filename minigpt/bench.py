@@ -11,10 +11,10 @@ its path, is loaded. Int4 is made in memory, by absmax. Every measurement is mer
 The protocol. decode: greedy, the choice of the token included, a static cache as long as the context and filled with
 random numbers, at the context's last 16 positions (`evaluate.step_rate`). prefill: the largest batch, as long as the
 model reads, with the loss of every token (`evaluate.scoring_rate`), on a GPU replayed from a graph, and for int4 once
-more with the linear layers' inputs rounded to 8 bits (w4a8). Medians. Before it is timed, a step's logits are compared
-with those of the plain model on the same weights, and its choice with the best of them. The roofline is the time in
-which a copy on the same device, in the same run, moves as many bytes as a step must read: all weights but the position
-embedding's, and the cache.
+more with linear layers that may round inputs to 8 bits (w4a8). Medians. Before it is timed, a step's logits are
+compared with those of the plain model on the same weights, and its choice with the best of them. The roofline is the
+time in which a copy on the same device, in the same run, moves as many bytes as a step must read: all weights but the
+position embedding's, and the cache.
 """
 
 import argparse

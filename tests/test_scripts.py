@@ -85,7 +85,7 @@ def test_quantize_then_eval_the_demo(tmp_path, short_text):
     assert 0.001 < int4["kl"] < 0.06 and 0.8 < int4["top1"] < 1
     # Inputs of 8 bits when reading: a little further from FP16, which reads as before.
     options = ("--activation-bits", 8, "--json", "rounded.json")
-    assert "inputs to 8 bits" in must_work(run(tmp_path, "eval.py", "demo", "--dataset", short_text, *options))
+    assert "round inputs to 8 bits" in must_work(run(tmp_path, "eval.py", "demo", "--dataset", short_text, *options))
     plain, rounded = json.loads((tmp_path / "rounded.json").read_text(encoding="utf-8"))["rows"]
     assert plain["perplexity"] == fp16["perplexity"] and 1.01 < rounded["kl"] / int4["kl"] < 1.2
 

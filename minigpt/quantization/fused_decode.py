@@ -96,10 +96,7 @@ def fits_kernels(model: GPT, batch_size: int) -> bool:
     linears = [layer for b in blocks(model) for layer in (b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj)]
     dtype = model.wpe.weight.dtype
     return model.config.n_embd % BLOCK == 0 and all(
-        isinstance(layer, Int4Linear)
-        and layer.activation_bits == 16
-        and kernels.can_fuse(layer.held, dtype, batch_size)
-        for layer in linears
+        isinstance(layer, Int4Linear) and kernels.can_fuse(layer.held, dtype, batch_size) for layer in linears
     )
 
 

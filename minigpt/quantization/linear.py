@@ -127,7 +127,7 @@ class Int4Linear(Int4Weight):
     Attributes (beside the weight's, see `Int4Weight`):
         bias: [out_features].
         stored_bytes: what the weight takes in a file: codes, scales, zeros, and the group of each input (g_idx).
-        activation_bits: 16, or 8 to multiply with inputs rounded to 8 bits, see `kernels.matmul`.
+        activation_bits: 16, or 8 to allow inputs to be rounded to 8 bits, see `kernels.matmul`.
     """
 
     def __init__(self, weight: QuantizedWeight, bias: Tensor) -> None:
@@ -142,7 +142,7 @@ class Int4Linear(Int4Weight):
 
 
 def set_activation_bits(model: nn.Module, bits: int) -> None:
-    """Has all int4 linear layers of a model multiply with inputs as they are, 16, or rounded to 8 bits."""
+    """Has all int4 linear layers of a model take inputs as they are, 16, or allows them to round inputs to 8 bits."""
     for layer in model.modules():
         if isinstance(layer, Int4Linear):
             layer.activation_bits = bits

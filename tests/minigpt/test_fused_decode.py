@@ -163,13 +163,6 @@ def test_whom_it_serves(monkeypatch):
     assert fused_step(dense(model).half(), 1) is None
 
 
-def test_layers_with_8_bit_activations_are_not_served(monkeypatch):
-    model = make_model()
-    pretend(monkeypatch, model)
-    model.h[1].mlp.c_fc.activation_bits = 8
-    assert fused_step(model, 1) is None
-
-
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="asks what happens without a GPU")
 @pytest.mark.parametrize("embedding", CHOICES)
 def test_no_fused_step_on_a_cpu(embedding):
