@@ -187,10 +187,10 @@ def matmul(
         x: float16, bfloat16 or float32 [..., K], on the weight's device; on a GPU float32 is served by the reference.
         weight: of [N, K].
         bias: floating [N]; taken in x's dtype.
-        activation_bits: 16 multiplies x as it is; 8 allows to round each token to 255 levels first (W4A8), which on a
-            GPU is done where it is faster: with many tokens and large weights. It costs some accuracy. (On a GPU the
-            weight is rounded to 255 levels a row, too. Elsewhere tokens are rounded whatever their number, so that
-            one can see what that costs.)
+        activation_bits: 16 multiplies x as it is; 8 allows rounding each token to 255 levels first (W4A8), which costs
+            some accuracy, and which a GPU does where it is faster: with many tokens and large weights. (There the
+            weight is rounded to 255 levels a row, too. Elsewhere tokens are rounded whatever their number, so that one
+            can see what it costs.)
 
     Returns:
         [..., N] in x's dtype.

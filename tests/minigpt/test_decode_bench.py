@@ -171,7 +171,7 @@ def test_prefill_reads_the_largest_batch_and_as_much_as_the_model_can(folder, mo
 
 
 def test_int4_reads_with_inputs_of_16_and_of_8_bits(folder, monkeypatch):
-    """On a GPU; here as if there were one. What is timed later has 16 again."""
+    """On a GPU; here as if there were one."""
     seen = []
 
     def scoring_rate(model, *_):
