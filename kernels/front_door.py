@@ -202,7 +202,7 @@ def matmul(
     if bias is not None:
         bias = bias.to(x.dtype)
     if isinstance(weight, CPUWeight):
-        if activation_bits == 16 and 0 < x.numel() <= cpu.MOST_TOKENS * x.shape[-1]:
+        if activation_bits == 16 and cpu.serves(x):
             out = cpu.matmul_int4(x, weight)
             return out if bias is None else out + bias
         weight = weight.file

@@ -14,9 +14,11 @@ needs_kernel = pytest.mark.skipif(not cpu.has_int4_kernel(), reason="this torch 
     ("n", "k", "group_size"), [(16, 32, 32), (40, 192, 64), (71, 256, 128), (1, 64, 64), (257, 512, 256)]
 )
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("m", [1, 5, 60])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_matmul(m, n, k, group_size, symmetric, dtype):
+@pytest.mark.parametrize("native", [True, False])
+def test_matmul(m, n, k, group_size, symmetric, dtype, native, monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: native)
     packed = kernels.quantize(torch.randn(n, k), group_size, symmetric)
     weight = kernels.prepare_for_cpu(packed)
     assert isinstance(weight, kernels.CPUWeight)
@@ -42,6 +44,24 @@ def test_many_tokens_and_8_bit_activations_go_the_exact_way(monkeypatch):
     assert not torch.equal(kernels.matmul(x[:3], weight), kernels.matmul(x[:3], packed))
     assert torch.equal(kernels.matmul(x[:3], weight, None, 8), kernels.matmul(x[:3], packed, None, 8))
     assert kernels.matmul(x[:0], weight).shape == (0, 24)
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(1, 32, 32), (19, 96, 16), (40, 768, 256)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_writing_out_in_bfloat16(n, k, group_size, symmetric):
+    packed = kernels.quantize(torch.randn(n, k), group_size, symmetric)
+    rounded = packed._replace(scales=packed.scales.bfloat16())
+    expected = kernels.k00_reference.dequantize_reference(rounded, torch.bfloat16)
+    assert torch.equal(cpu.write_out(packed), expected)
+
+
+@needs_kernel
+def test_with_bfloat16_units_any_number_of_bfloat16_tokens_is_taken(monkeypatch):
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    x = torch.randn(cpu.MOST_TOKENS + 1, 32)
+    assert cpu.serves(x.bfloat16()) and not cpu.serves(x) and not cpu.serves(x[:0].bfloat16())
+    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    assert not cpu.serves(x.bfloat16()) and cpu.serves(x[1:])
 
 
 @pytest.mark.parametrize("group_size", [16, 48, 96])
