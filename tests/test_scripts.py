@@ -143,18 +143,18 @@ def test_quantize_with_calibration_text(tmp_path, short_text):
     checkpoint.save(tiny_model(0), tmp_path / "mine", checkpoint.DEMO_FOLDER / "tokenizer.tiktoken")
     arguments = ("quantize.py", "mine", "--group-size", "16", "--calibration", short_text)
     options = ("--calibration-tokens", "700", "--seed", "3")
-    output = must_work(run(tmp_path, *arguments, "--method", "awq+gptaq+tune", "--steps", "2", *options))
+    output = must_work(run(tmp_path, *arguments, "--method", "awq+yaqa+tune", "--steps", "2", *options))
     assert f"calibrating on {short_text}: 640 tokens, 10 windows of 64, seed 3; tuning on 16 windows" in output
     assert "warning: 640 calibration tokens say little about layers of 64 inputs" in output
     assert "note: activation-aware scaling: " in output and "note: tuning: KL divergence " in output
     config = json.loads((tmp_path / "checkpoints" / "mine-int4" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["meta"] == {
         "quantizer": ["minigpt-int4"],
-        "method": "awq+gptaq+tune",
+        "method": "awq+yaqa+tune",
         "embedding": "int8",
         "calibration": {"text": str(short_text), "tokens": 640, "seed": 3, "steps": 2, "tuning_tokens": 1024},
     }
-    must_fail(run(tmp_path, *arguments), "--calibration is for gptq, quantease, gptaq, awq+METHOD")
+    must_fail(run(tmp_path, *arguments), "--calibration is for gptq, quantease, gptaq, yaqa, awq+METHOD")
     must_fail(run(tmp_path, *arguments, "--method", "gptq", "--steps", "5"), "--steps is for METHOD+tune, not for gptq")
 
 

@@ -11,6 +11,7 @@ from kernels import QuantizedWeight, dequantize, group_sizes
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization.calibration import ResidualStream, watch
+from minigpt.quantization.fisher import fisher
 from minigpt.quantization.linear import Int4Linear
 from minigpt.quantization.methods import Calibrated, DataFree, Method
 
@@ -134,6 +135,7 @@ def _calibrated(model: GPT, method: Calibrated, group_size: int, windows: Tensor
     The text flows through the model block by block, and, if the method aims at the original model's outputs, through
     the blocks as they were, too.
     """
+    informations = fisher(model, dict(block_linears(model)), windows) if method.fisher else None
     stream, original_stream = ResidualStream(model, windows), ResidualStream(model, windows) if method.aim else None
     for i, block in enumerate(model.h):
         original = copy.deepcopy(block) if method.aim else block
@@ -144,7 +146,8 @@ def _calibrated(model: GPT, method: Calibrated, group_size: int, windows: Tensor
             inputs = watch(f"h.{i}.{name}", stream.inputs_of(layer, block), original_inputs)
             weight = layer.weight.detach()
             size = layer_group_size(layer.in_features, group_size)
-            packed = method.choose(inputs.goal(weight, method.aim), size, inputs.hessian)
+            more = [informations.pop(f"h.{i}.{name}")] if informations else []
+            packed = method.choose(inputs.goal(weight, method.aim), size, inputs.hessian, *more)
             bias = inputs.bias(layer.bias.detach(), weight, dequantize(packed, torch.float32))
             yield _replace(model, f"h.{i}.{name}", layer, packed, bias, inputs.notes)
         stream.advance(block)

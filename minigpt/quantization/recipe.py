@@ -24,7 +24,7 @@ from minigpt.quantization.methods import CALIBRATED, DATA_FREE, METHODS, SYMMETR
 
 AWQ, TUNE = "awq+", "+tune"
 TUNE_ALONE = "tune"  # short for the recipe that loses least
-BEST = "gptaq+tune"
+BEST = "yaqa+tune"
 CALIBRATION_TOKENS = 65536
 KNOWN = f"{', '.join(METHODS)}, awq+METHOD, METHOD+tune, or {TUNE_ALONE} for {BEST}"
 

@@ -24,10 +24,10 @@ The zeros, the embeddings and the format stay untouched: what comes out is a pla
 
 Measured (results/quantizers.json) on the demo model with 150 steps of 4 windows of 128 tokens (a minute on one CPU
 core), KL divergence on a quarter of its test text: at groups of 128 absmax 0.0222 -> 0.0173, mse 0.0200 -> 0.0149, GPTQ
-0.0106 -> 0.0095; GPTQ at 64 0.0092 -> 0.0080, at 32 0.0073 -> 0.0063. So start from GPTQ. On other windows of the text
-tuned on, up to twice as much is gained, part of it because they overlapped with those: the wider the text, the better.
-Starting from GPTQ, scales and offsets (biases and LayerNorms) make most of the gain (on such windows 0.0083 -> 0.0072,
-with codes 0.0071); a third of their step sizes gives the same.
+0.0106 -> 0.0095; GPTQ at 64 0.0092 -> 0.0080, at 32 0.0073 -> 0.0063. So start from GPTQ, or better. On other windows
+of the text tuned on, up to twice as much is gained, part of it because they overlapped with those: the wider the text,
+the better. Starting from GPTQ, scales and offsets (biases and LayerNorms) make most of the gain (on such windows 0.0083
+-> 0.0072, with codes 0.0071); a third of their step sizes gives the same.
 
 The codes' step size decides how much more there is to gain. GPTAQ, groups of 128, on a model of 124M parameters, with
 windows of 1024 tokens: 1000 steps give 0.00071 with codes that hardly move (0.5e-3 a step), 0.00066 with 2e-3. On
@@ -38,10 +38,12 @@ further than 0.00076. The demo bears 5e-3. Zeros with positions, too, were tried
 More steps give more, slowly. GPTAQ, tuned, as a share of plain GPTQ's divergence: 0.64 after 300 steps, 0.58 after
 1000, 0.54 after 2500, 0.51 after 5200, each on another training of that model; the latter three are 0.47, 0.45 and
 0.42 of that of the library GPTQModel's GPTQ. While the step size is large, noise takes the divergence above where it
-began; it falls as the step size does. Averaging parameters over some 200 steps instead, with a constant step size, gets
-as far and no further. Nor is it better to begin with real numbers for codes, at the FP weights, and to bring each a
-little nearer to a whole number after every step: on the demo 400 steps end at 0.0109 so, where 400 of these end at
-0.0050 (windows of 128 tokens).
+began, in 5200 steps to twice as much; it falls as the step size does. So `code_rate` makes that smaller the more steps
+there are. (On the demo, 1600 steps end at 0.0041 with and without that.) Averaging parameters over some 200 steps
+instead, with a constant step size, gets as far and no further. Nor is it better to begin with real numbers for codes,
+at the FP weights, and to bring each a little nearer to a whole number after every step: on the demo 400 steps end at
+0.0109 so, where 400 of these end at 0.0050 (windows of 128 tokens). A better start is worth something to the end:
+YAQA's 0.0057, GPTAQ's 0.0068 there, become 0.0047 and 0.0050 in 400 steps, 0.0039 and 0.0041 in 1600.
 """
 
 import contextlib
@@ -62,7 +64,7 @@ from minigpt.quantization.linear import Int4Linear
 STEPS = 300
 BATCH_SIZE = 8  # windows a step
 # Adam moves a parameter by about its step size, at most, whatever the size of the gradient.
-CODE_RATE = 2e-3  # peak step size of a position
+CODE_RATE = 2e-3  # peak step size of a position, at most; see `code_rate`
 SCALE_RATE = 1e-3  # peak step size of the factor of a scale
 OFFSET_RATE = 3e-4  # peak step size of biases and LayerNorms
 BETAS = (0.9, 0.99)
@@ -187,7 +189,7 @@ def tune(
     layers = make_tunable(model, reference)
     codes_before = {name: layer.codes().to(torch.uint8) for name, layer in layers.items()}
     best_step, best_state = 0, snapshot(model)
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model, steps)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     try:
         with tensor_float_32(), tqdm(total=steps, desc="tuning", unit="step", mininterval=1.0) as bar:
@@ -236,19 +238,28 @@ def make_tunable(model: GPT, reference: GPT) -> dict[str, TunableInt4Linear]:
     return layers
 
 
-def make_optimizer(model: GPT) -> torch.optim.Adam:
-    """Adam (Kingma & Ba 2015) without weight decay, a step size for each kind of parameter.
+def make_optimizer(model: GPT, steps: int) -> torch.optim.Adam:
+    """Adam (Kingma & Ba 2015) without weight decay, a step size for each kind of parameter, for so many steps.
 
     Of the gradient of one weight most is noise, the same in every direction over time. What changes a code is what
     stays: small steps, that it takes hundreds of to reach the next one.
     """
-    rates = {"position": CODE_RATE, "stretch": SCALE_RATE}
+    rates = {"position": code_rate(steps), "stretch": SCALE_RATE}
     groups = [
         {"params": [parameter], "lr": rates.get(name.rpartition(".")[2], OFFSET_RATE)}
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     ]
     return torch.optim.Adam(groups, betas=BETAS, eps=EPSILON, fused=True)
+
+
+def code_rate(steps: int) -> float:
+    """Peak step size of a position.
+
+    Steps of random direction carry it about as far as the square root of their number. That should be no further than
+    from EDGE, where it starts at most, to the next code, or noise undoes what was rounded the other way on purpose.
+    """
+    return min(CODE_RATE, (0.5 - EDGE) / math.sqrt(steps))
 
 
 def rate(step: int, steps: int) -> float:

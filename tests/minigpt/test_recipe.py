@@ -109,7 +109,7 @@ def test_tuning_comes_last(model, calibration, name, monkeypatch):
 
 
 def test_bad_input(model, calibration):
-    with pytest.raises(ValueError, match=r"gptaq\+tune needs calibration text"):
+    with pytest.raises(ValueError, match=r"yaqa\+tune needs calibration text"):
         quantize(model, read_recipe("tune"), GROUP_SIZE)
     for name in ("mse", "awq+mse"):
         with pytest.raises(UserError, match="--group-size 32 does not fit"):

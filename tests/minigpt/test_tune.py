@@ -86,6 +86,7 @@ def test_a_trained_model(demo_text):
 def test_the_format_stays_untouched(reference, tmp_path, monkeypatch):
     """With positions so near their cells' edges that many codes change."""
     monkeypatch.setattr(tune, "EDGE", 0.499)
+    monkeypatch.setattr(tune, "code_rate", lambda steps: tune.CODE_RATE)
     model = quantized(reference)
     before = {name: layer.weight for name, layer in int4_layers(model).items()}
     embeddings = {name: model.get_parameter(name).clone() for name in ("wte.weight", "wpe.weight")}
@@ -149,6 +150,19 @@ def test_the_gradient_is_that_of_the_divergence(reference):
     ratio = layer.position.grad / layer.scales()[..., None]  # of the weight's gradient, which a scale's adds up
     expected = (ratio * (layer.codes() - layer.zeros[..., None])).sum(-1) * layer.start_scales
     assert torch.allclose(layer.stretch.grad, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_noise_alone_does_not_undo_what_was_rounded_the_other_way(reference):
+    """With gradients that are nothing but noise, next to no code changes, whatever the number of steps."""
+    for steps in (100, 4000):
+        position = torch.nn.Parameter(torch.full((1000,), 7 + tune.EDGE))
+        optimizer = torch.optim.Adam([position], lr=tune.code_rate(steps), betas=tune.BETAS, eps=tune.EPSILON)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step, steps=steps: tune.rate(step, steps))
+        for _ in range(steps):
+            position.grad = torch.randn(1000)
+            optimizer.step()
+            schedule.step()
+        assert (position.round() != 7).float().mean() < 0.1
 
 
 def test_it_never_ends_worse(reference, monkeypatch):
