@@ -25,6 +25,7 @@ STYLES = (
 )
 PEER_MARKERS = "*pd<>"
 PEER = "peer:"  # before the name of a method that is not ours
+TUNED = "+tune"  # behind the name of one that is tuned
 
 
 def save_accuracy(path: Path) -> Path:
@@ -87,15 +88,20 @@ def draw_accuracy(rows: Sequence[Row]) -> "Figure":
 
 
 def draw_panel(panel: "Axes", rows: Sequence[Row], methods: Sequence[str], measure: str, fp16: float) -> None:
-    """A panel of `draw_accuracy`: `measure` of the rows, and FP16's; `methods` gives each method its colour."""
-    ours = [method for method in methods if not method.startswith(PEER)]
+    """A panel of `draw_accuracy`: `measure` of the rows, and FP16's; `methods` gives each method its colour.
+
+    What is tuned looks like what it was made from, but hollow.
+    """
+    ours = list(dict.fromkeys(method.removesuffix(TUNED) for method in methods if not method.startswith(PEER)))
     peers = [method for method in methods if method.startswith(PEER)]
     for method in dict.fromkeys(row["method"] for row in rows):
         of_method = [row for row in rows if row["method"] == method]
         bits, means, least, greatest = zip(*over_seeds(of_method, measure), strict=True)
-        if method in ours:
-            colour, marker = STYLES[ours.index(method) % len(STYLES)]
+        if method not in peers:
+            colour, marker = STYLES[ours.index(method.removesuffix(TUNED)) % len(STYLES)]
             style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": "-", "ms": 6, "lw": 1.8}
+            if method.endswith(TUNED):
+                style |= {"mfc": "white", "mew": 1.6, "linestyle": "--"}
         else:
             marker = PEER_MARKERS[peers.index(method) % len(PEER_MARKERS)]
             style = {"color": "black", "marker": marker, "mfc": "white", "linestyle": "none", "ms": 9}
