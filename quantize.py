@@ -153,7 +153,7 @@ def main() -> None:
     )
     print(summary(reports))
     if calibration:
-        print("errors are of the weights; this method lets them grow where that keeps the layers' outputs closer")
+        print("errors are of the weights; this method lets them grow where that keeps outputs closer")
     after = checkpoint.file_bytes(output)
     print(
         f"whole model: {format_bytes(before)} in fp16, {format_bytes(after)} in {output}: {before / after:.2f}x smaller"

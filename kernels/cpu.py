@@ -28,12 +28,15 @@ from kernels.k00_reference import QuantizedWeight, unpack
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROWS = 16  # rows come in multiples of this; missing ones are added, and their results dropped
-# Tokens that are multiplied in bfloat16 whatever dtype they have; more get the weight written out in theirs, exactly.
+# Tokens that are multiplied in bfloat16 whatever dtype they have: a prompt holds no more. More than these, in float32
+# or float16, belong to a text that is to be scored: they get the weight written out in their own dtype, exactly.
 MOST_TOKENS = 1024
 # From here on the weight is written out in bfloat16, where that is multiplied natively. Measured for a weight of 3072 x
 # 768 on one core of an AMD EPYC with AVX-512: written out in 1.4 ms; the product takes 1.4 ms with 128 tokens and 11
 # with 1024, by the int4 kernel 3.5 and 28.
 WRITTEN_FROM = 96
+# Whether this CPU has instructions for bfloat16 (those with AMX have them, too); others convert to float32 and back.
+MULTIPLIES_BFLOAT16 = "AVX" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
 DIGIT = 128
 LARGEST_DIGIT = 127
 
@@ -101,13 +104,13 @@ def _pack(weight: QuantizedWeight) -> CPUWeight:
 def serves(x: Tensor) -> bool:
     """Whether `matmul_int4` is the way to multiply such an x, floating [..., K]; else the reference is."""
     tokens = x.numel() // x.shape[-1]
-    return 0 < tokens <= MOST_TOKENS or (tokens > 0 and x.dtype == torch.bfloat16 and multiplies_bfloat16())
+    return 0 < tokens <= MOST_TOKENS or (tokens > 0 and x.dtype == torch.bfloat16 and MULTIPLIES_BFLOAT16)
 
 
 def matmul_int4(x: Tensor, weight: CPUWeight) -> Tensor:
     """x @ w^T in bfloat16: floating [..., K] -> [..., N], in x's dtype."""
     tokens = x.reshape(-1, weight.in_features).to(torch.bfloat16)
-    if len(tokens) >= WRITTEN_FROM and multiplies_bfloat16():
+    if len(tokens) >= WRITTEN_FROM and MULTIPLIES_BFLOAT16:
         out = F.linear(tokens, write_out(weight.file))
     else:
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(tokens, weight.packed, weight.group_size, weight.scale_shifts)
@@ -119,7 +122,8 @@ def write_out(weight: QuantizedWeight) -> Tensor:
 
     As in lesson 5 a code becomes a number by being put into the bits of one. bfloat16 has 7 bits behind the point, and
     128 + code is 0x4300 | code. Codes lie in the words in the order in which they are wanted, so that a byte, whose two
-    codes go into the halves of 32 bits, takes three operations, and each of the two operations on numbers one pass.
+    codes go into the halves of 32 bits (little endian, as all CPUs with torch's kernel are), takes three operations,
+    and zeros and scales one pass each.
     """
     n, k = weight.out_features, weight.in_features
     pairs = weight.qweight.t().contiguous().view(torch.uint8).int()  # [N, K/2], the lower code in the lower 4 bits
@@ -160,12 +164,6 @@ def has_int4_kernel() -> bool:
     except (RuntimeError, AttributeError):
         return False
     return bool((out == 32).all())
-
-
-def multiplies_bfloat16() -> bool:
-    """Whether this CPU has instructions for it; others convert to float32 and back."""
-    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not of torch's public functions
-    return any(getattr(torch.cpu, question, bool)() for question in questions)
 
 
 @functools.cache

@@ -110,7 +110,8 @@ def quantize_model(
 
     Raises:
         UserError: at once and before any change: a layer's weights are not finite, or the group size does not fit.
-            On the way, with calibration: a layer's inputs are not finite, or its Hessian is beyond repair.
+            On the way, with calibration: a layer's inputs or outputs, the predictions or their derivatives are not
+            finite, or a Hessian is beyond repair.
     """
     check_fits(model, group_size)
     for name, layer in block_linears(model):
@@ -133,9 +134,10 @@ def _calibrated(model: GPT, method: Calibrated, group_size: int, windows: Tensor
     """Each layer is watched with all the layers before it quantized already.
 
     The text flows through the model block by block, and, if the method aims at the original model's outputs, through
-    the blocks as they were, too.
+    the blocks as they were, too. Before that, if the method asks for it, all of the text goes through the whole model
+    and back.
     """
-    informations = fisher(model, dict(block_linears(model)), windows) if method.fisher else None
+    fishers = fisher(model, dict(block_linears(model)), windows) if method.fisher else None
     stream, original_stream = ResidualStream(model, windows), ResidualStream(model, windows) if method.aim else None
     for i, block in enumerate(model.h):
         original = copy.deepcopy(block) if method.aim else block
@@ -146,7 +148,7 @@ def _calibrated(model: GPT, method: Calibrated, group_size: int, windows: Tensor
             inputs = watch(f"h.{i}.{name}", stream.inputs_of(layer, block), original_inputs)
             weight = layer.weight.detach()
             size = layer_group_size(layer.in_features, group_size)
-            more = [informations.pop(f"h.{i}.{name}")] if informations else []
+            more = () if fishers is None else (fishers.pop(f"h.{i}.{name}"),)
             packed = method.choose(inputs.goal(weight, method.aim), size, inputs.hessian, *more)
             bias = inputs.bias(layer.bias.detach(), weight, dequantize(packed, torch.float32))
             yield _replace(model, f"h.{i}.{name}", layer, packed, bias, inputs.notes)

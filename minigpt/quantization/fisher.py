@@ -39,15 +39,15 @@ def fisher(model: GPT, layers: Mapping[str, nn.Linear], windows: Tensor, seed: i
         it takes as much on the device that the model is on.)
 
     Raises:
-        UserError: a layer's outputs or the model's predictions are not finite.
+        UserError: a layer's outputs, the model's predictions or their derivatives are NaN or infinite.
     """
     weight = model.wpe.weight  # behind which nothing lies: who asks for its gradient has passed all layers
     sums = {name: weight.new_zeros(layer.out_features, layer.out_features) for name, layer in layers.items()}
-    hooks = [layer.register_forward_hook(_adding_products(name, sums[name])) for name, layer in layers.items()]
     generator = torch.Generator(weight.device).manual_seed(seed)
     required = weight.requires_grad
-    weight.requires_grad_(True)
+    hooks = [layer.register_forward_hook(_adding_products(name, sums[name])) for name, layer in layers.items()]
     try:
+        weight.requires_grad_(True)
         for tokens in tqdm(windows.to(weight.device).split(1), desc="fisher", unit="window", leave=False):
             log_p = model.lm_head(model.hidden(tokens)[0]).log_softmax(-1)  # [T, V]
             if log_p.isnan().any():
@@ -58,7 +58,10 @@ def fisher(model: GPT, layers: Mapping[str, nn.Linear], windows: Tensor, seed: i
         weight.requires_grad_(required)
         for hook in hooks:
             hook.remove()
-    return {name: (total / windows.numel()).cpu() for name, total in sums.items()}
+    for name, total in sums.items():
+        if not torch.isfinite(total).all():
+            raise UserError(f"the derivatives by the outputs of layer {name} are NaN or infinite; {ADVICE}")
+    return {name: total.div_(windows.numel()).cpu() for name, total in sums.items()}
 
 
 def _adding_products(name: str, total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:

@@ -39,11 +39,11 @@ More steps give more, slowly. GPTAQ, tuned, as a share of plain GPTQ's divergenc
 1000, 0.54 after 2500, 0.51 after 5200, each on another training of that model; the latter three are 0.47, 0.45 and
 0.42 of that of the library GPTQModel's GPTQ. While the step size is large, noise takes the divergence above where it
 began, in 5200 steps to twice as much; it falls as the step size does. So `code_rate` makes that smaller the more steps
-there are. (On the demo, 1600 steps end at 0.0041 with and without that.) Averaging parameters over some 200 steps
-instead, with a constant step size, gets as far and no further. Nor is it better to begin with real numbers for codes,
-at the FP weights, and to bring each a little nearer to a whole number after every step: on the demo 400 steps end at
-0.0109 so, where 400 of these end at 0.0050 (windows of 128 tokens). A better start is worth something to the end:
-YAQA's 0.0057, GPTAQ's 0.0068 there, become 0.0047 and 0.0050 in 400 steps, 0.0039 and 0.0041 in 1600.
+there are. (On the demo, 1600 steps end at 0.0041 with 1.2e-3 as with 2.5e-3.) Averaging parameters over some 200
+steps instead, with a constant step size, gets as far and no further. Nor is it better to begin with real numbers for
+codes, at the FP weights, and to bring each a little nearer to a whole number after every step: on the demo 400 steps
+end at 0.0109 so, where 400 of these end at 0.0050 (windows of 128 tokens). A better start is worth something to the
+end: from YAQA instead of GPTAQ they end at 0.0047, and 1600 at 0.0039.
 """
 
 import contextlib
@@ -256,8 +256,9 @@ def make_optimizer(model: GPT, steps: int) -> torch.optim.Adam:
 def code_rate(steps: int) -> float:
     """Peak step size of a position.
 
-    Steps of random direction carry it about as far as the square root of their number. That should be no further than
-    from EDGE, where it starts at most, to the next code, or noise undoes what was rounded the other way on purpose.
+    Steps of random direction carry it about as far as one step times the square root of their number. That should be
+    no further than from EDGE, where it starts at most, to the edge of its cell, or noise undoes what was rounded the
+    other way on purpose.
     """
     return min(CODE_RATE, (0.5 - EDGE) / math.sqrt(steps))
 

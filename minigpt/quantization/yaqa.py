@@ -3,27 +3,32 @@
 Tseng et al. 2025, "Model-Preserving Adaptive Rounding", arXiv 2505.22988. GPTQ and QuantEase take every output of a
 layer to matter as much as every other, and each on its own. But the model may hardly look at some outputs, and of
 errors in two of them look at the sum alone. How it does say two matrices, H = E[x x^T] of a layer's inputs (gptq.py)
-and F = E[g g^T] of its outputs (fisher.py). With E the error of the weight, [N, K], and the two taken to be independent
-of each other (Martens & Grosse 2015, "K-FAC", arXiv 1503.05671), the predictions' divergence is, to second order,
+and F = E[g g^T] of its outputs (fisher.py). With E = w - q the error of the weight, [N, K], the divergence of the
+predictions is about
 
     1/2 sum over n, n', k, k' of  F[n, n'] E[n, k] H[k, k'] E[n', k']  =  1/2 trace(F E H E^T)
 
-With F = 1 that is what QuantEase minimises, and so it can be done here: each weight in turn gets the code that is best
-given all others, which now are those of its row and of all other rows (the paper spreads errors instead, as GPTQ does):
+as if x and g knew nothing of each other (Martens & Grosse 2015, "K-FAC", arXiv 1503.05671), nor one token's error of
+the next one's, nor one layer's. With F = 1 that is what QuantEase minimises, and its way serves here: each weight in
+turn gets the code that is best given all others, which now are those of its row and of all other rows (the paper
+spreads errors instead, as GPTQ does):
 
     q_nk  ->  nearest level to  q_nk + (F E H)_nk / (F_nn H_kk)
 
 A weight at a time would take forever. Along a diagonal of the matrix no two weights share a row or a column, so what
-one does hardly concerns the next: all of a diagonal go at once.
+one does seldom concerns the next: all of a diagonal go at once. Where it does concern it, as with strong directions in
+both H and F, all at once may lose where each alone would gain; then only the best of the moves are made, so that the
+trace never rises.
 
-The two are not independent of each other, and F is of a model that is not the one that results. Damping keeps F from
-being believed too much: `DAMPING` of its mean is added to its diagonal.
+Damping keeps F, which holds for the original model and under those assumptions, from being believed too much: `DAMPING`
+of its mean is added to its diagonal.
 
 MEASURED (results/quantizers.json) on the demo, groups of 128, as the KL divergence to the original model on text held
-back: gptaq, which is this with F = 1, 0.0068; with F damped by 0.03, 0.1 and 0.3, 0.0062, 0.0059 and 0.0059; with
-half of the step to the original inputs (calibration.py) in place of a quarter, 0.0057. Tuned in 1600 steps, 0.0039, and
-gptaq 0.0041. Tried and not built: tokens weigh in H by how large |g| is, 0.0054, by |g|^2, 0.0070, as few tokens
-decide then (the paper goes back and forth between H and F like this, until they fit each other).
+back: gptaq, which is this with F = 1, 0.0068; with F, and with half of the step to the original inputs (calibration.py)
+in place of a quarter, 0.0056, damped by 0.3 or 0.1, 0.0057 by 0.03. Tried and not built: weighing each token in H by
+|g| or |g|^2, 0.0055 (the paper goes back and forth between H and F like this, until they fit each other). Of no use:
+to go on like this from the derivatives of the divergence itself, a natural-gradient step of all layers towards better
+codes. They are averages over tokens, and there are more weights than tokens: it follows the noise.
 """
 
 import torch
@@ -76,11 +81,36 @@ def sweep(codes: Tensor, scales: Tensor, zeros: Tensor, goal: Tensor, hessian: T
     steps, middles = (each.repeat_interleave(inputs // each.shape[1], dim=1).float() for each in (scales, zeros))
     codes = codes.clone()
     pull = hessian @ (goal - (codes - middles) * steps).t()  # [K, N]: (E H)^T, kept up to date
-    curvature = torch.outer(fisher.diagonal(), hessian.diagonal()) * steps  # [N, K], by the code
     for d in range(1 - rows, inputs):
         n, k = slice(max(0, -d), min(rows, inputs - d)), slice(max(0, d), min(inputs, rows + d))
-        code, slope = codes.diagonal(d), (fisher[n] * pull[k]).sum(1)  # [length of the diagonal]
-        moved = (code + slope / curvature.diagonal(d)).round().clamp(0, 15) - code
+        code, step = codes.diagonal(d), steps.diagonal(d)  # [length of the diagonal]
+        slope = torch.linalg.vecdot(fisher[n], pull[k])
+        curvature = fisher[n, n] * hessian[k, k]  # [length, length], of each weight with each
+        lowest = code + slope / (curvature.diagonal() * step)
+        moved = lowest.round().clamp(0, 15) - code
+        moved *= together(moved * step, slope, curvature)
         code += moved
-        pull[:, n] -= hessian[:, k] * (moved * steps.diagonal(d))
+        pull[:, n] -= hessian[:, k] * (moved * step)
     return codes
+
+
+def together(moved: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+    """Of moves each of which gains alone, those to make: the best ones, as many as gain most together.
+
+    Moves m lower 1/2 trace(F E H E^T) by slope m - 1/2 m curvature m^T.
+
+    Args:
+        moved: the moves, float32 [L].
+        slope: of the loss, downwards: float32 [L].
+        curvature: float32 [L, L].
+
+    Returns:
+        bool [L].
+    """
+    products = curvature * torch.outer(moved, moved)
+    alone = slope * moved - products.diagonal() / 2
+    order = alone.argsort(descending=True, stable=True)
+    with_better = products[order][:, order].tril(-1).sum(1)
+    gained = (alone[order] - with_better).cumsum(0)  # by the best one, the best two, ...
+    best = torch.arange(len(moved), device=moved.device) <= gained.argmax()
+    return (best & (gained.max() > 0))[order.argsort()]

@@ -14,18 +14,23 @@ needs_kernel = pytest.mark.skipif(not cpu.has_int4_kernel(), reason="this torch 
     ("n", "k", "group_size"), [(16, 32, 32), (40, 192, 64), (71, 256, 128), (1, 64, 64), (257, 512, 256)]
 )
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("m", [1, 5, 60])
+@pytest.mark.parametrize("m", [1, 10])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("native", [True, False])
 def test_matmul(m, n, k, group_size, symmetric, dtype, native, monkeypatch):
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", native)
+    monkeypatch.setattr(cpu, "WRITTEN_FROM", 20)
     packed = kernels.quantize(torch.randn(n, k), group_size, symmetric)
     weight = kernels.prepare_for_cpu(packed)
     assert isinstance(weight, kernels.CPUWeight)
     assert (weight.out_features, weight.in_features, weight.group_size) == (n, k, group_size)
     assert all(torch.equal(back, there) for back, there in zip(weight.file, packed, strict=True))
     x, bias = torch.randn(2, m, k).to(dtype), torch.randn(n)
+    written_out = []
+    write_out = cpu.write_out
+    monkeypatch.setattr(cpu, "write_out", lambda weight: written_out.append(write_out(weight)) or written_out[0])
     out = kernels.matmul(x, weight, bias)
+    assert len(written_out) == (native and m == 10)
     assert out.shape == (2, m, n) and out.dtype == dtype
     w = kernels.dequantize(packed, torch.float32).double()
     expected = x.double() @ w.t() + bias.double()
@@ -57,11 +62,26 @@ def test_writing_out_in_bfloat16(n, k, group_size, symmetric):
 
 @needs_kernel
 def test_with_bfloat16_units_any_number_of_bfloat16_tokens_is_taken(monkeypatch):
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", True)
     x = torch.randn(cpu.MOST_TOKENS + 1, 32)
     assert cpu.serves(x.bfloat16()) and not cpu.serves(x) and not cpu.serves(x[:0].bfloat16())
-    monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", False)
     assert not cpu.serves(x.bfloat16()) and cpu.serves(x[1:])
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiles_without_a_graph_break(dtype):
+    """Whichever way is taken: few tokens, many, and more than any prompt has."""
+    weight = kernels.prepare_for_cpu(kernels.quantize(torch.randn(24, 64), 32))
+
+    def layer(x):
+        return kernels.matmul(x * 2, weight).relu()
+
+    for length in (3, cpu.WRITTEN_FROM, cpu.MOST_TOKENS + 1):
+        x = torch.randn(length, 64).to(dtype)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("group_size", [16, 48, 96])

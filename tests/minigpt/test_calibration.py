@@ -15,6 +15,7 @@ from minigpt.model import GPT
 from minigpt.quantization import calibration
 from minigpt.quantization.calibration import DAMPING, damp, load_calibrations, watch
 from minigpt.quantization.convert import block_linears, quantize_model
+from minigpt.quantization.fisher import fisher
 from minigpt.quantization.gptq import gptq
 from minigpt.quantization.linear import Int4Linear
 from minigpt.quantization.methods import CALIBRATED, METHODS, Calibrated
@@ -210,6 +211,17 @@ class TestWalk:
             uncorrected = Int4Linear(int4.weight, layer.bias)
             shift = (int4(x).mean(0) - target).abs().max()
             assert shift < 1e-2 * target.abs().max() and shift < 0.1 * (uncorrected(x).mean(0) - target).abs().max()
+
+    def test_each_layer_gets_its_own_fisher_information_of_the_original_model(self, model, windows):
+        expected = fisher(model, dict(block_linears(model)), windows)
+        seen = []
+
+        def choose(weight, group_size, hessian, information):
+            seen.append(information)
+            return absmax(weight, group_size)
+
+        list(quantize_model(model, Calibrated(choose, fisher=True), 16, windows))
+        assert len(seen) == 8 and all(map(torch.equal, seen, expected.values()))
 
     def test_activations_that_are_not_finite_name_the_layer(self, model, windows):
         model.h[1].ln_1.bias[5] = float("inf")

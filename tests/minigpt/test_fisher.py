@@ -86,3 +86,12 @@ def test_what_is_not_finite_is_an_error_that_says_where(model, weight, factor, m
     model.get_parameter(weight).data *= factor
     with pytest.raises(UserError, match=message):
         fisher(model, dict(block_linears(model)), torch.randint(19, (1, LENGTH)))
+
+
+def test_derivatives_that_are_not_finite_are_an_error_that_names_a_layer(model):
+    def overflow(_, __, output):
+        output.register_hook(lambda gradient: gradient * 1e38 * 1e38)
+
+    model.h[1].mlp.c_fc.register_forward_hook(overflow)
+    with pytest.raises(UserError, match=r"derivatives by the outputs of layer h\.0\.attn\.c_attn are NaN or infinite"):
+        fisher(model, dict(block_linears(model)), torch.randint(19, (1, LENGTH)))

@@ -23,16 +23,43 @@ def test_a_sweep_tries_all_codes_of_each_weight_in_turn(rows, width, group_size)
     assert not torch.equal(ours, codes)
     scale, zero = (each.double().repeat_interleave(group_size, 1) for each in (scales, zeros))
     best = codes.double()
+
+    def losses(tried):
+        return loss(weight.double() - (tried - zero) * scale, hessian, fisher)
+
     for d in range(1 - rows, width):
-        diagonal = [(n, n + d) for n in range(rows) if 0 <= n + d < width]
-        chosen = []
-        for n, k in diagonal:
+        moves = []
+        for n, k in ((n, n + d) for n in range(rows) if 0 <= n + d < width):
             tried = best.repeat(16, 1, 1)
             tried[:, n, k] = torch.arange(16)
-            chosen.append(loss(weight.double() - (tried - zero) * scale, hessian, fisher).argmin())
-        for (n, k), code in zip(diagonal, chosen, strict=True):
-            best[n, k] = code
+            moves.append((losses(tried).min().item(), n, k, losses(tried).argmin()))
+        candidates = [best]  # none, the best move, the best two, ...
+        for _, n, k, code in sorted(moves):
+            candidates.append(candidates[-1].clone())
+            candidates[-1][n, k] = code
+        best = candidates[losses(torch.stack(candidates)).argmin()]
     assert torch.equal(ours.double(), best)
+
+
+def strong_direction(width):
+    """float64 [width, width]: a fifth of the variance lies in one direction, to which all inputs contribute."""
+    direction = torch.nn.functional.normalize(torch.randn(width, 1, dtype=torch.float64), dim=0)
+    return 0.8 * torch.eye(width, dtype=torch.float64) + 0.2 * width * direction @ direction.t()
+
+
+def test_where_moves_disturb_each_other_no_sweep_makes_it_worse():
+    """All at once, each would gain, and together they would multiply the loss by a hundred."""
+    weight, hessian, fisher = torch.randn(192, 192), strong_direction(192), strong_direction(192).float()
+    start = quantease(weight, 64, hessian)
+    codes, scales, zeros = kernels.unpack(start.qweight, 192).t().float(), start.scales.t(), start.qzeros.t()
+    zeros = kernels.unpack(zeros, 192)
+    scale, zero = (each.double().repeat_interleave(64, 1) for each in (scales, zeros))
+    before = torch.inf
+    for _ in range(3):
+        after = loss(weight.double() - (codes - zero) * scale, hessian, fisher)
+        assert after < before
+        before = after
+        codes = sweep(codes, scales, zeros, weight, hessian.float(), fisher)
 
 
 @pytest.mark.parametrize("group_size", [16, 64, 192])
