@@ -87,30 +87,31 @@ def sweep(codes: Tensor, scales: Tensor, zeros: Tensor, goal: Tensor, hessian: T
         slope = torch.linalg.vecdot(fisher[n], pull[k])
         curvature = fisher[n, n] * hessian[k, k]  # [length, length], of each weight with each
         lowest = code + slope / (curvature.diagonal() * step)
-        moved = lowest.round().clamp(0, 15) - code
-        moved *= together(moved * step, slope, curvature)
-        code += moved
-        pull[:, n] -= hessian[:, k] * (moved * step)
+        moves = (lowest.round().clamp(0, 15) - code) * step
+        if slope @ moves < moves @ (curvature @ moves) / 2:  # together they lose
+            moves *= worth_making(moves, slope, curvature)
+        code += (moves / step).round()
+        pull[:, n] -= hessian[:, k] * moves
     return codes
 
 
-def together(moved: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
-    """Of moves each of which gains alone, those to make: the best ones, as many as gain most together.
+def worth_making(moves: Tensor, slope: Tensor, curvature: Tensor) -> Tensor:
+    """Of moves each of which gains alone, the best ones, as many as gain most together.
 
     Moves m lower 1/2 trace(F E H E^T) by slope m - 1/2 m curvature m^T.
 
     Args:
-        moved: the moves, float32 [L].
-        slope: of the loss, downwards: float32 [L].
+        moves: by how much weights of a diagonal would grow, float32 [L].
+        slope: how fast the trace would fall, half of it, float32 [L].
         curvature: float32 [L, L].
 
     Returns:
         bool [L].
     """
-    products = curvature * torch.outer(moved, moved)
-    alone = slope * moved - products.diagonal() / 2
+    products = curvature * torch.outer(moves, moves)
+    alone = slope * moves - products.diagonal() / 2
     order = alone.argsort(descending=True, stable=True)
     with_better = products[order][:, order].tril(-1).sum(1)
     gained = (alone[order] - with_better).cumsum(0)  # by the best one, the best two, ...
-    best = torch.arange(len(moved), device=moved.device) <= gained.argmax()
+    best = torch.arange(len(moves), device=moves.device) <= gained.argmax()
     return (best & (gained.max() > 0))[order.argsort()]
