@@ -14,6 +14,9 @@ it goes in as two digits of 7 bits:
     x ~ (128 * high + low) * unit        high -127..127, low -64..64, unit = the token's largest magnitude / (127 * 128)
 
     x w^T ~ (128 * (high codes^T) + (low codes^T)) * unit * scale          off by 6e-5, fp16's own rounding is 3e-4
+
+That is two products for one. Of many tokens in bfloat16, a CPU that multiplies that makes one, with weights written out
+a few rows at a time: for GPT-2's vocabulary and 1024 tokens in 165 milliseconds and not in 442.
 """
 
 import functools
@@ -23,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int8 import Int8Weight
+from kernels.int8 import CHUNK, Int8Weight
 from kernels.k00_reference import QuantizedWeight, unpack
 
 GROUP_SIZES = (32, 64, 128, 256)
@@ -135,15 +138,28 @@ def write_out(weight: QuantizedWeight) -> Tensor:
 
 
 def matmul_int8(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x @ w^T in whole numbers: floating [..., K] -> [..., N], in x's dtype."""
-    tokens = x.reshape(-1, weight.in_features).float()  # [M, K]
+    """x @ w^T: floating [..., K] -> [..., N], in x's dtype."""
+    tokens = x.reshape(-1, weight.in_features)
+    many = len(tokens) >= WRITTEN_FROM and x.dtype == torch.bfloat16 and MULTIPLIES_BFLOAT16
+    out = _written_out(tokens, weight) if many else _by_digits(tokens.float(), weight)
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _written_out(tokens: Tensor, weight: Int8Weight) -> Tensor:
+    """x @ w^T with the weight written out in bfloat16, as many rows at a time as fit a cache: [M, K] -> [M, N]."""
+    rows = max(1, CHUNK // weight.in_features)
+    parts = zip(weight.codes.split(rows), weight.scales.float()[:, None].split(rows), strict=True)
+    return torch.cat([F.linear(tokens, (codes.float() * scales).to(tokens.dtype)) for codes, scales in parts], -1)
+
+
+def _by_digits(tokens: Tensor, weight: Int8Weight) -> Tensor:
+    """x @ w^T in whole numbers: float32 [M, K] -> float32 [M, N]."""
     units = tokens.abs().amax(1, keepdim=True) / (LARGEST_DIGIT * DIGIT)  # [M, 1]
     levels = tokens / units.clamp(min=torch.finfo(torch.float32).tiny)
     high = torch.round(levels / DIGIT)
     digits = torch.cat([high, torch.round(levels - DIGIT * high)]).to(torch.int8)  # [2 M, K]
     sums = torch._int_mm(digits, weight.codes.t()).float()  # [2 M, N]
-    out = torch.add(sums[len(tokens) :], sums[: len(tokens)], alpha=DIGIT).mul_(units).mul_(weight.scales.float())
-    return out.to(x.dtype).view(*x.shape[:-1], -1)
+    return torch.add(sums[len(tokens) :], sums[: len(tokens)], alpha=DIGIT).mul_(units).mul_(weight.scales.float())
 
 
 @functools.cache

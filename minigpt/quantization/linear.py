@@ -63,7 +63,7 @@ class Int4Weight(nn.Module):
 
     @property
     def idle_bytes(self) -> int:
-        """Bytes that no product of 16-bit activations reads: row scales; beside a CPU's own layout the file's."""
+        """Bytes that no decode step with 16-bit activations reads: row scales; beside a CPU's own layout the file's."""
         held = self.held
         if isinstance(held, PreparedWeight):
             return held.row_scales.nbytes

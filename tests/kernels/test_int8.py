@@ -50,6 +50,24 @@ def test_matmul(multiply, m, n, k, dtype):
     assert (out.double() - expected).norm() <= limit * expected.norm()
 
 
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("native", [True, False])
+def test_many_tokens_in_bfloat16_on_a_cpu_that_multiplies_them(n, k, native, monkeypatch):
+    """Then a weight is written out, a few rows at a time, each number of it rounded once."""
+    cpu = front_door.cpu
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", native)
+    monkeypatch.setattr(cpu, "CHUNK", 3 * k)
+    written_out, how = [], cpu._written_out
+    monkeypatch.setattr(cpu, "_written_out", lambda tokens, weight: written_out.append(1) or how(tokens, weight))
+    int8, x = kernels.quantize_int8(torch.randn(n, k)), torch.randn(2, cpu.WRITTEN_FROM // 2, k).bfloat16()
+    weight = kernels.dequantize_int8(int8, torch.float32).double()
+    for tokens in (x, x[:, 1:], x.float()):
+        out, expected = kernels.matmul_int8(tokens, int8), tokens.double() @ weight.t()
+        assert out.shape == expected.shape and out.dtype == tokens.dtype
+        assert (out.double() - expected).norm() <= 5e-3 * expected.norm()
+    assert len(written_out) == (native and cpu.has_int8_kernel())
+
+
 def test_tokens_of_very_different_size():
     """Each has a unit of its own: a large one costs the others nothing, and zeros stay zeros."""
     int8 = kernels.quantize_int8(torch.randn(50, 64))
