@@ -110,10 +110,33 @@ def test_a_step_feeds_itself():
         return torch.nn.functional.one_hot((tokens[:, 0] * 2) % 11, 11).float()
 
     tokens, positions = torch.tensor([[1], [3]]), torch.tensor([[5], [2]])
-    step = DecodeStep(step_logits, GREEDY.choose, None, tokens, positions)
+    config = GPTConfig(vocab_size=11, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    cache = KVCache(config, 2, 8, torch.float32, torch.device("cpu"))
+    step = DecodeStep(step_logits, GREEDY.choose, cache, tokens, positions)
     assert [step().flatten().tolist() for _ in range(3)] == [[2, 6], [4, 1], [8, 2]]
     assert seen == [([1, 3], [5, 2]), ([2, 6], [6, 3]), ([4, 1], [7, 4])]
     assert tokens.flatten().tolist() == [1, 3] and positions.flatten().tolist() == [5, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_on_a_cpu_has_the_models_logits(dtype):
+    """In bfloat16 attention goes another way, which differs by that format's rounding."""
+    model = random_model(dtype=dtype)
+    prompts = random_prompts(model.config.vocab_size)
+    _, cache = read_prompts(model, prompts, 4)
+    tokens = torch.randint(model.config.vocab_size, (len(prompts), 1))
+    positions = torch.tensor([[len(prompt)] for prompt in prompts])
+    seen = []
+    step = DecodeStep(model_logits(model), lambda logits: seen.append(logits) or tokens, cache, tokens, positions)
+    step()
+    expected = torch.cat(
+        [
+            model.double()(torch.tensor([[*prompt, *new]]))[:, -1]
+            for prompt, new in zip(prompts, tokens.tolist(), strict=True)
+        ]
+    )
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    assert (seen[0].double() - expected).norm() <= tolerance * expected.norm()
 
 
 def test_tokens_are_read_before_their_memory_is_used_again():

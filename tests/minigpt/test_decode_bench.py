@@ -14,7 +14,7 @@ from minigpt.config import GPTConfig
 from minigpt.decode import DecodeStep, model_logits
 from minigpt.errors import UserError
 from minigpt.files import merge, read_rows
-from minigpt.model import GPT
+from minigpt.model import GPT, KVCache
 from minigpt.quantization.linear import Int4Linear
 from minigpt.sampling import GREEDY
 from minigpt.step_profile import GAPS, MARK, PARTS, Kernel
@@ -144,7 +144,9 @@ def test_a_step_is_timed_within_its_positions():
         return torch.zeros(2, 11, device=DEVICE)
 
     tokens, positions = torch.zeros((2, 1), dtype=torch.int64, device=DEVICE), torch.full((2, 1), 3, device=DEVICE)
-    step = DecodeStep(step_logits, GREEDY.choose, None, tokens, positions, "eager")
+    config = GPTConfig(vocab_size=11, n_positions=8, n_embd=4, n_layer=1, n_head=1)
+    cache = KVCache(config, 2, 8, torch.float32, torch.device(DEVICE))
+    step = DecodeStep(step_logits, GREEDY.choose, cache, tokens, positions, "eager")
     evaluate.step_rate(step, 5, 8, seconds=0.05)
     assert set(seen) == {5, 6, 7} and seen[:6] == [5, 6, 7] * 2
 
