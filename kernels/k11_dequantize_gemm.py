@@ -70,7 +70,7 @@ from kernels.prepared import PreparedWeight, prepare
 
 @triton.jit
 def dequantize_prepared_kernel(
-    codes_ptr,  # int16 [N/16, blocks, 16, 16]
+    codes_ptr,  # int32 [N/16, blocks, 16, 8]: pairs of half-words
     scale_zeros_ptr,  # int32 [ceil(64 * blocks / GROUP_SIZE), N]
     w_ptr,  # fp16, bf16 or fp32 [N, K]
     N,
@@ -83,27 +83,45 @@ def dequantize_prepared_kernel(
     """Makes a tile of BLOCK_N rows by BLOCKS blocks of 64 of the weight."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     offs_b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)  # [BLOCKS]
+    slices = tl.arange(0, 4)  # of a block
     in_range = (offs_n < N)[:, None] & (offs_b < blocks)[None, :]  # [BLOCK_N, BLOCKS]
-    offs_j = tl.arange(0, 16)
 
-    offs_h = offs_b[:, None] * 256 + offs_j[None, :]  # [BLOCKS, 16]
-    row_starts = (offs_n // 16).to(tl.int64) * (blocks * 256) + offs_n % 16 * 16
-    code_ptrs = codes_ptr + row_starts[:, None, None] + offs_h[None, :, :]
-    half_words = tl.load(code_ptrs, mask=in_range[:, :, None], other=0)  # [BLOCK_N, BLOCKS, 16]
+    # NEW: each word four times, once for each slice, so that a row's weights come out in their order.
+    row_starts = (offs_n // 16).to(tl.int64) * (blocks * 128) + offs_n % 16 * 8
+    offs_j = (offs_b * 128)[:, None, None] + (slices * 0)[None, :, None] + tl.arange(0, 8)[None, None, :]
+    word_ptrs = codes_ptr + row_starts[:, None, None, None] + offs_j[None, :, :, :]
+    words = tl.load(word_ptrs, mask=in_range[:, :, None, None], other=0)  # [BLOCK_N, BLOCKS, 4, 8]
+    if GROUP_SIZE % 64 == 0:  # the block's four slices lie in one group
+        scale_zero_ptrs = scale_zeros_ptr + (offs_b * 64 // GROUP_SIZE * N)[None, :] + offs_n[:, None]
+        scale_zeros = tl.load(scale_zero_ptrs, mask=in_range, other=0)[:, :, None, None]
+    else:
+        groups = (offs_b[:, None] * 64 + slices[None, :] * 16) // GROUP_SIZE  # [BLOCKS, 4]
+        scale_zero_ptrs = scale_zeros_ptr + groups[None, :, :] * N + offs_n[:, None, None]
+        scale_zeros = tl.load(scale_zero_ptrs, mask=in_range[:, :, None], other=0)[:, :, :, None]
 
-    # NEW: four slices, each of neighbours along K, as they must lie in w.
-    for i in tl.static_range(4):
-        if i == 0 or GROUP_SIZE % 64 != 0:  # else the block's four slices lie in one group
-            group = (offs_b * 64 + 16 * i) // GROUP_SIZE  # [BLOCKS]
-            scale_zero = tl.load(scale_zeros_ptr + group[None, :] * N + offs_n[:, None], mask=in_range, other=0)
-            scale = (scale_zero & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)[:, :, None]
-            zero = (scale_zero >> 16).to(tl.int16).to(tl.float16, bitcast=True)[:, :, None]  # 1024 + zero
-        kilo_code = (((half_words >> (4 * i)) & 0xF) | 0x6400).to(tl.int16).to(tl.float16, bitcast=True)  # 1024 + code
-        # The level is exact in fp16, the product in fp32: rounded once, whatever the dtype.
-        w = (kilo_code - zero).to(tl.float32) * scale.to(tl.float32)  # [BLOCK_N, BLOCKS, 16]
-        offs_k = offs_b[:, None] * 64 + 16 * i + offs_j[None, :]  # [BLOCKS, 16]
-        w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None, None] * K + offs_k[None, :, :]
-        tl.store(w_ptrs, w.to(w_ptr.dtype.element_ty), mask=(offs_n < N)[:, None, None] & (offs_k < K)[None, :, :])
+    pairs = ((words >> (slices * 4)[None, None, :, None]) & 0x000F000F) | 0x64006400  # twice 1024 + code
+    zero = low_half(scale_zeros >> 16)  # 1024 + zero
+    left = product(low_half(pairs) - zero, low_half(scale_zeros), w_ptr.dtype.element_ty)
+    right = product(low_half(pairs >> 16) - zero, low_half(scale_zeros), w_ptr.dtype.element_ty)
+    w = tl.join(left, right).reshape((BLOCK_N, BLOCKS * 64))
+    offs_k = tl.program_id(1) * (BLOCKS * 64) + tl.arange(0, BLOCKS * 64)
+    w_ptrs = w_ptr + offs_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    tl.store(w_ptrs, w, mask=(offs_n < N)[:, None] & (offs_k < K)[None, :])
+
+
+@triton.jit
+def low_half(pair):
+    """The fp16 number in the low half of an int32."""
+    return (pair & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def product(level, scale, dtype: tl.constexpr):
+    """fp16 level * scale in `dtype`, rounded once: the level is exact in fp16, and in fp32 so is the product."""
+    if dtype == tl.float16:
+        return level * scale
+    else:
+        return (level.to(tl.float32) * scale.to(tl.float32)).to(dtype)
 
 
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -126,7 +144,14 @@ def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float16) -> Te
     options = launch_options()
     grid = (triton.cdiv(n, options["BLOCK_N"]), triton.cdiv(weight.blocks, options["BLOCKS"]))
     dequantize_prepared_kernel[grid](
-        weight.codes, weight.scale_zeros, w, n, k, weight.blocks, GROUP_SIZE=weight.group_size, **options
+        weight.codes.view(torch.int32),
+        weight.scale_zeros,
+        w,
+        n,
+        k,
+        weight.blocks,
+        GROUP_SIZE=weight.group_size,
+        **options,
     )
     return w
 

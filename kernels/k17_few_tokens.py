@@ -81,7 +81,7 @@ from kernels.row_tiles import (
     ROWS,
     accumulate,
     barrier,
-    copy_blocks,
+    copy,
     launch_options,
     load_weight,
     multiply,
@@ -138,6 +138,55 @@ def store(out, bias_ptr, out_ptr, first_row, M, N, HAS_BIAS: gl.constexpr, mma: 
 
 
 @gluon.jit
+def load_pass(
+    codes_ptr,  # int16 [N/16, blocks, 16, 16]
+    scale_zeros_ptr,  # int32 [groups, N]
+    tile,
+    N,
+    blocks,
+    first_block,
+    GROUP_SIZE: gl.constexpr,
+    EVEN: gl.constexpr,  # no pass reaches past the end of K
+    STEP: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    """Like `load_weight`, but warp w has STEP neighbours, from block first_block + STEP w on; past the end, zeros."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [num_warps, 1, 1, 1], [3, 2, 1, 0])
+    of_row: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))  # [W, ROWS]
+    of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))  # [4, 4]
+    warp = gl.arange(0, num_warps, layout=gl.SliceLayout(1, of_row))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, of_row))
+    thread = gl.arange(0, 4, layout=gl.SliceLayout(1, of_column))
+    neighbour = gl.arange(0, 4, layout=gl.SliceLayout(0, of_column))
+    starts = (warp * (STEP * 256))[:, None] + (row * 16)[None, :]
+    places = starts[:, :, None, None] + ((thread * 4)[:, None] + neighbour[None, :])[None, None, :, :]
+    code_ptrs = codes_ptr + tile.to(gl.int64) * (blocks * 256) + places
+    row_ptrs = scale_zeros_ptr + gl.minimum(tile * ROWS + row, N - 1)
+    codes = ()
+    words = ()
+    for i in gl.static_range(STEP):
+        block = first_block + warp * STEP + i
+        there = ((block < blocks) | EVEN)[:, None]
+        # NEW: a step of so many half-words from one address, which goes into the load's own instruction.
+        codes += (gl.load(code_ptrs + (first_block + i) * 256, mask=there[:, :, None, None], other=0),)
+        if i * 64 % GROUP_SIZE == 0 or GROUP_SIZE % (64 * STEP) != 0:  # else: the same group as the neighbour before
+            word_ptrs = row_ptrs[None, :] + (block * 64 // GROUP_SIZE * N)[:, None]
+            word = gl.load(word_ptrs, mask=there, other=0)
+        words += (word,)
+    return codes, words
+
+
+@gluon.jit
+def copy_pass(x, x_ptr, K, first_block, STEP: gl.constexpr, num_warps: gl.constexpr):
+    """Asks for a pass's blocks of x, [STEP * W, 64]: warp after warp each one's first, then each one's second, ..."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])  # 16 bytes a thread
+    row = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    first_column = (first_block + row % num_warps * STEP + row // num_warps) * 64
+    copy(x, x_ptr + first_column[:, None] + column[None, :], (first_column < K)[:, None])
+
+
+@gluon.jit
 def passes_kernel(
     x_ptr,  # fp16 or bf16 [K]
     codes_ptr,  # int16 [N/16, blocks, 16, 16]
@@ -151,6 +200,7 @@ def passes_kernel(
     HAS_BIAS: gl.constexpr,
     GROUP_SIZE: gl.constexpr,  # a multiple of 64
     PASSES: gl.constexpr,
+    EVEN: gl.constexpr,
     STEP: gl.constexpr,  # blocks of 64 columns a warp and pass
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
@@ -158,27 +208,28 @@ def passes_kernel(
     """Makes 16 numbers of w @ x + bias, in passes along K: while one is multiplied, the next one's weight comes."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
     BLOCKS: gl.constexpr = STEP * num_warps
-    first_row = gl.program_id(0) * ROWS
-    codes, words = load_weight(codes_ptr, scale_zeros_ptr, first_row, N, blocks, GROUP_SIZE, STEP, num_warps)
+    tile = gl.program_id(0)
+    codes, words = load_pass(codes_ptr, scale_zeros_ptr, tile, N, blocks, 0, GROUP_SIZE, EVEN, STEP, num_warps)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     shared: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 1, [1, 0])
     x = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [PASSES, BLOCKS, 64], shared)
     for i in gl.static_range(PASSES):
-        copy_blocks(x.index(i), x_ptr, M, K, blocks, 1, BLOCKS, num_warps, i * BLOCKS)
+        copy_pass(x.index(i), x_ptr, K, i * BLOCKS, STEP, num_warps)
     async_copy.commit_group()
     async_copy.wait_group(0)
     barrier()
     acc = gl.zeros([num_warps, ROWS, 8], gl.float32, mma)
-    for i in range(PASSES):
-        next_codes, next_words = load_weight(
-            codes_ptr, scale_zeros_ptr, first_row, N, blocks, GROUP_SIZE, STEP, num_warps, (i + 1) * BLOCKS
+    for i in range(PASSES - 1):
+        next_codes, next_words = load_pass(
+            codes_ptr, scale_zeros_ptr, tile, N, blocks, (i + 1) * BLOCKS, GROUP_SIZE, EVEN, STEP, num_warps
         )
         barrier()  # no thread needs another here; but the assembler would move the loads behind the products
         acc = accumulate(acc, x.index(i), codes, words, 1, 0, STEP, mma, num_warps)
         codes, words = next_codes, next_words
-    store(gl.sum(acc, 0), bias_ptr, out_ptr, first_row, M, N, HAS_BIAS, mma)
+    acc = accumulate(acc, x.index(PASSES - 1), codes, words, 1, 0, STEP, mma, num_warps)
+    store(gl.sum(acc, 0), bias_ptr, out_ptr, tile * ROWS, M, N, HAS_BIAS, mma)
 
 
 def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -240,7 +291,8 @@ def in_passes(n: int, k: int) -> bool:
 def pass_options(k: int) -> dict[str, int]:
     """How many passes there are for K = k columns, blocks of 64 columns a warp and pass, and warps."""
     step, warps = 2, 4 if k <= 4096 else 8
-    return {"PASSES": triton.cdiv(k, BLOCK * step * warps), "STEP": step, "num_warps": warps}
+    columns = BLOCK * step * warps
+    return {"PASSES": triton.cdiv(k, columns), "EVEN": k % columns == 0, "STEP": step, "num_warps": warps}
 
 
 def check() -> Iterator[common.Check]:

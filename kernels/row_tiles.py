@@ -168,12 +168,11 @@ def load_weight(
     GROUP_SIZE: gl.constexpr,
     STEP: gl.constexpr,
     num_warps: gl.constexpr,
-    first_block=0,
 ):
     """Blocks w, w + num_warps, w + 2 num_warps, ... for warp w: STEP codes [W, ROWS, 4, 4], STEP scale_zeros [W, ROWS].
 
-    They are counted from first_block. Blocks past the end are copies of the last one, with scales of 0. Rows past the
-    end of N are not stored: they may hold anything finite.
+    Blocks past the end are copies of the last one, with scales of 0. Rows past the end of N are not stored: they may
+    hold anything finite.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [num_warps, 1, 1, 1], [3, 2, 1, 0])
     of_row: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))  # [W, ROWS]
@@ -190,7 +189,7 @@ def load_weight(
     codes = ()
     words = ()
     for i in gl.static_range(STEP):
-        block = first_block + i * num_warps + warp
+        block = i * num_warps + warp
         last = gl.minimum(block, blocks - 1)
         codes += (gl.load(ptrs + (last * 256)[:, None, None, None]),)
         group_ptrs = scale_zeros_ptr + (last * 64 // GROUP_SIZE * N)[:, None] + n[None, :]
@@ -208,13 +207,12 @@ def copy_blocks(
     BLOCK_M: gl.constexpr,
     USED: gl.constexpr,
     num_warps: gl.constexpr,
-    first_block=0,
 ):
-    """Asks for USED blocks of x from first_block on: all tokens of one, then of the next."""
+    """Asks for the first USED blocks of x: all tokens of one, then of the next."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])  # 16 bytes a thread
     row = gl.arange(0, x.shape[0], layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    block = gl.minimum(first_block + row // BLOCK_M, blocks - 1)
+    block = gl.minimum(row // BLOCK_M, blocks - 1)
     token = row % BLOCK_M
     mask = ((token < M) & (row < USED * BLOCK_M))[:, None]
     copy(x, x_ptr + (token * K + block * 64)[:, None] + column[None, :], mask)

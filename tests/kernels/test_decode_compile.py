@@ -178,7 +178,9 @@ def compile_gluon(arch, m, k, variant):
         "m": m,
         "k": k,
         "step": options["STEP"],
-        "passes": options.get("PASSES", 1) if kernel.__name__ == "output_kernel" else 1,  # written out
+        # Of the output layer's all are written out, of lesson 17's the last one is.
+        "passes": {"output_kernel": options.get("PASSES", 1), "passes_kernel": 2}.get(kernel.__name__, 1),
+        "groups": -(-options["STEP"] * 64 // options.get("GROUP_SIZE", 64)),  # a warp and pass
         **resource_usage(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "mma": len(re.findall(r"\bmma\.sync\.aligned\.m16n8k16", ptx)),
@@ -290,8 +292,10 @@ def test_the_weight_is_asked_for_before_the_wait(compiled):
     for result in [result for result in compiled["gluon"] if result["arch"] >= 90]:
         assert result["codes_before"] == 2 * result["step"], result
         if result["kernel"] != "output_kernel":
-            later = 2 * result["step"] if result["kernel"] == "passes_kernel" else 0  # the next pass's
-            assert result["scales_before"] >= 2 * result["step"] and result["codes_behind"] == later, result
+            in_passes = result["kernel"] == "passes_kernel"
+            scales = 2 * result["groups"] if in_passes else 2 * result["step"]
+            later = 2 * result["step"] if in_passes else 0  # the next pass's
+            assert result["scales_before"] >= scales and result["codes_behind"] == later, result
 
 
 def test_the_next_pass_is_asked_for_before_this_one_is_multiplied(compiled):
@@ -299,8 +303,16 @@ def test_the_next_pass_is_asked_for_before_this_one_is_multiplied(compiled):
     results = [result for result in compiled["gluon"] if result["kernel"] == "passes_kernel"]
     assert results
     for result in results:
-        loads = 4 * result["step"]  # of codes and scales
-        assert re.fullmatch(rf"(LDG){{{2 * loads}}}(HMMA){{{4 * result['step']}}}(LDG)*", result["order"]), result
+        loads = 2 * (result["step"] + result["groups"])  # of codes and scales
+        assert re.fullmatch(rf"(LDG){{{2 * loads}}}(HMMA){{{8 * result['step']}}}(LDG)*", result["order"]), result
+
+
+def test_lesson_17s_programs_in_passes_are_four_to_a_multiprocessor(compiled):
+    """Of 8 warps each: so that 8192 rows, 512 programs, all fit on 132 multiprocessors at once."""
+    results = [r for r in compiled["gluon"] if r["kernel"] == "passes_kernel" and r["arch"] == 90]
+    assert results
+    for result in results:
+        assert result["registers"] <= 64, result
 
 
 def test_operands_are_ready_before_the_wait(compiled):

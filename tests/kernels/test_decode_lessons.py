@@ -95,13 +95,19 @@ def test_few_tokens_of_many_columns(canary, m, k, symmetric):
 
 @needs_mma
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "k"), [(1, 8256), (47, 8320), (100, 32768), (16200, 4096), (8201, 8192), (5121, 7232)])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [
+        *((1, 8256, 64), (47, 8320, 128), (100, 32768, 256), (16200, 4096, 4096), (8201, 8192, 128)),
+        *((5121, 7232, 64), (33, 8256, 192), (40, 12800, 320)),
+    ],
+)
 @pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_one_token_in_passes(canary, n, k, dtype, symmetric):
+def test_one_token_in_passes(canary, n, k, group_size, dtype, symmetric):
     """8 or 16 blocks of 64 columns a pass; the last pass, and the last tile of rows, are whole or only partly used."""
     assert k17_few_tokens.in_passes(n, k)
-    x, weight, bias, expected = few_tokens_problem(1, n, k, 64, dtype, symmetric=symmetric)
+    x, weight, bias, expected = few_tokens_problem(1, n, k, group_size, dtype, symmetric=symmetric)
     canary.outputs.clear()
     out = k17_few_tokens.matmul(x, weight, bias)
     canary.check()

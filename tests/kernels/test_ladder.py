@@ -179,7 +179,7 @@ def variants():
             yield k08_pipeline.pipeline_kernel, pointers, ("M", "N", "K", "blocks"), options
         options = {"GROUP_SIZE": group_size, **k11_dequantize_gemm.launch_options()}
         kernel = k11_dequantize_gemm.dequantize_prepared_kernel
-        yield kernel, {**prepared, "w_ptr": dtype}, ("N", "K", "blocks"), options
+        yield kernel, {**prepared, "codes_ptr": "i32", "w_ptr": dtype}, ("N", "K", "blocks"), options
 
 
 def compile_variant(kernel, dtypes, integers, options, arch):
@@ -246,9 +246,11 @@ def test_what_can_fly(compiled):
 
 
 def test_dequantizing_is_wide_and_turns_nothing(compiled):
-    """Lesson 11: 16 bytes a load and a store, and no shared memory."""
+    """Lesson 11: 16 bytes a load and a store, and no shared memory, but for the scales where a block has several."""
     for result in of(compiled, "dequantize_prepared_kernel", 80) + of(compiled, "dequantize_prepared_kernel", 90):
-        assert (result["widest_load"], result["widest_store"], result["shared"]) == (4, 4, 0), result
+        assert (result["widest_load"], result["widest_store"]) == (4, 4), result
+        scales = 0 if result["options"]["GROUP_SIZE"] % 64 == 0 else 4 * 4 * 32 * 4  # four words a block of 32 rows
+        assert result["shared"] <= scales, result
 
 
 if __name__ == "__main__":
