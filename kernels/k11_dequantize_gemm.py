@@ -7,8 +7,8 @@ THE IDEA. The lessons before dequantize a tile of the weight anew for every BLOC
 And then it is fed to a matmul in 200 lines of Triton, beside which the vendor's took years. So stop fusing: make the
 fp16 weight once, in memory, and call `torch.nn.functional.linear`. The memory is needed for one layer at a time.
   Lesson 2 did this from the file's order, and had to turn its tiles through shared memory. The prepared order needs no
-turning: a thread that loads 8 neighbouring half-words, 16 bytes, holds 8 neighbouring weights of each of 4 slices,
-four stores of 16 bytes.
+turning: 8 neighbouring half-words, 16 bytes, hold 8 neighbouring weights of each of 4 slices. A thread takes those of
+one slice, and stores 16 bytes.
 
 THE PRICE, before any code. The matmul then costs what fp16 costs, and on top of it comes the round trip, the same for
 any M. For 8192 x 8192 at group size 64:
@@ -26,10 +26,12 @@ kernel does not run on, this is the end of the story for many tokens.
 
 WHO READS WHAT. A program makes BLOCK_N rows of BLOCKS blocks of 64 weights:
 
-    codes        [BLOCK_N, BLOCKS, 16] half-words   nibble i of half-word j of a block  ->  weight 16 i + j of the block
+    codes        [BLOCK_N, BLOCKS, 4, 8] words      word j of a block four times, once for each slice i: its nibbles i
+                                                    and i + 4 are weights 16 i + 2 j and 16 i + 2 j + 1 of the block
     scale_zeros  [BLOCK_N, BLOCKS] words            one a row and block, or four where groups are no multiples of 64
-    w            [BLOCK_N, BLOCKS * 64] weights     four stores, one a slice: pieces of 32 bytes, 128 bytes apart, and
-                                                    the L2 cache puts each line together from four of them
+    w            [BLOCK_N, BLOCKS * 64] weights     whole lines: eight threads, 16 bytes each, make 128 bytes of a row
+
+To ask for the same bytes four times costs no memory: the four threads are in one warp, and their request is one.
 
 MEASURED on an H200 (results/k11_dequantize_gemm.json: command, versions, date; 8192 x 8192, group size 64):
 
@@ -38,17 +40,18 @@ MEASURED on an H200 (results/k11_dequantize_gemm.json: command, versions, date; 
     lesson 11     98      96      97     142     444
     of fp16    0.38x   0.35x   0.38x   0.64x   0.90x    9% of the roofline at M = 1, 91% at M = 2048
 
-(group size 128, M = 2048: 417, 0.96x). `dequantize` alone: 55 microseconds, 75% of a plain copy's bandwidth (lesson 2:
-49 and 83%). Predicted: `dequantize` in 46 microseconds and 90%; the matmul at 0.89x of fp16 at M = 2048, 0.67x at
-M = 512.
-  A surprise: the order that needs no turning is the slower one to dequantize. Why, is not known; the first suspects are
-the stores, whose pieces of 32 bytes lie 128 bytes apart, while lesson 2 turns its tiles to write long rows.
+(group size 128, M = 2048: 417, 0.96x). Predicted: 0.89x of fp16 at M = 2048, 0.67x at M = 512.
+  This was measured when each thread still kept its 8 half-words, and stored their four slices: pieces of 32 bytes, 128
+bytes apart, of which the L2 cache puts each line together. `dequantize` alone took 55 microseconds so, 75% of a plain
+copy's bandwidth, and lesson 2, which turns its tiles to write long rows, 49: the order that needs no turning was the
+slower one. The stores were suspected, and rightly. Whole lines take 47 (46 predicted; 87%), 46.5 with groups of 128
+(results/attempts.json): take 8 off the table's times.
   Afterwards, beside lesson 12 (results/attempts.json, front_door), times fp16: 8192 tokens of GPT-2's layers, 124M and
 XL, take this lesson 0.92 to 0.97x and lesson 12 0.70 to 0.83x; 2048 tokens 0.79 to 0.88x and 0.45 to 0.94x. Lesson 12's
 tiles are all of one size, and where they do not fill the machine's last round, it idles; the vendor has others.
-  Tried and failed: a pointer to a scale for each half-word, which repeats. The compiler then gives neighbouring rows
-to neighbouring threads, for the scales' sake, and turns every tile through shared memory: 15 barriers, 9.0 instructions
-a weight. One pointer a block, and the tile keeps the codes' order: no shared memory at all, 6.8 instructions (compiled,
+  Tried and failed: a pointer to a scale for each word, which repeats. The compiler then gives neighbouring rows to
+neighbouring threads, for the scales' sake, and turns every tile through shared memory: 5 barriers, 12 instructions a
+weight. One pointer a block, and the tile keeps the codes' order: no shared memory at all, 7.8 instructions (compiled,
 not timed).
 
 NEXT. Lesson 12: on Hopper dequantizing can hide behind the tensor cores entirely. EXERCISE. The weight need not be
@@ -88,7 +91,7 @@ def dequantize_prepared_kernel(
 
     # NEW: each word four times, once for each slice, so that a row's weights come out in their order.
     row_starts = (offs_n // 16).to(tl.int64) * (blocks * 128) + offs_n % 16 * 8
-    offs_j = (offs_b * 128)[:, None, None] + (slices * 0)[None, :, None] + tl.arange(0, 8)[None, None, :]
+    offs_j = (offs_b * 128)[:, None, None] + (slices * 0)[None, :, None] + tl.arange(0, 8)[None, None, :]  # the same
     word_ptrs = codes_ptr + row_starts[:, None, None, None] + offs_j[None, :, :, :]
     words = tl.load(word_ptrs, mask=in_range[:, :, None, None], other=0)  # [BLOCK_N, BLOCKS, 4, 8]
     if GROUP_SIZE % 64 == 0:  # the block's four slices lie in one group

@@ -30,15 +30,15 @@ WHO READS WHAT. A program makes 16 rows of out^T. Its warps share the columns, a
 MEASURED on an H200 (results/k17_few_tokens.json: command, versions, date; group size 64), microseconds (times fp16):
 
     N x K        2304x768    768x3072    4800x1600   1600x6400   2048x2048   8192x2048
-    M = 1        1.8 (2.4)   2.0 (3.8)   2.8 (2.4)   3.6 (2.9)   2.0 (3.0)   4.3 (2.5)
-    M = 8        2.0 (2.2)   2.1 (3.6)   3.6 (1.9)   4.7 (2.2)   2.4 (2.5)   4.8 (2.2)
-    M = 16       2.5 (1.8)   3.0 (2.6)   4.9 (1.4)       -       2.8 (2.1)   8.6 (1.2)
+    M = 1        1.8 (2.4)   2.0 (3.8)   2.8 (2.4)   3.6 (2.9)   2.1 (2.9)   4.5 (2.4)
+    M = 8        1.9 (2.2)   2.1 (3.6)   3.7 (1.8)   4.7 (2.3)   2.3 (2.6)   5.1 (2.1)
+    M = 16       2.7 (1.6)   3.0 (2.6)   4.9 (1.4)       -       2.8 (2.2)   8.7 (1.2)
 
 As predicted for few bytes; 8192 x 2048 is bytes again, 9.4 MB at half the memory's pace. Lesson 10 took 2.6 and 5.7 for
 the last two and one token, lesson 9 with its two kernels 4.6 and 8.3 for 16 (group size 128, results/attempts.json).
   All of K in registers fails for a large layer: 8192 x 8192 took 16 and 23 microseconds for one token and for eight,
 where lesson 10 takes 15 for one. There is room for one program a multiprocessor, and there are four times as many. So
-one token's large layers come in passes (`passes_kernel`): registers for 8 or 16 blocks, and while those are multiplied
+one token's large layers come in passes (`passes_kernel`): registers for 8 to 32 blocks, and while those are multiplied
 the next ones are on their way. That takes a barrier at which no thread needs another: the assembler, who counts
 registers, moves the next pass's loads behind this one's products, but not across a barrier. (It shows in the machine
 code, where a test looks.) Predicted: 11 microseconds; reading alone takes 8. Group size 128, results/attempts.json:
@@ -47,10 +47,16 @@ code, where a test looks.) Predicted: 11 microseconds; reading alone takes 8. Gr
     fp16                        19.4          34.5         22.3         38.8         39.3
     lesson 10                    8.7          16.6         10.6         15.5         16.3
     all of K in registers        8.6          16.1          8.3         16.5         16.3
-    in passes                    7.9          12.9          8.7         14.1         13.6
+    in passes, dealt out         7.9          12.9          8.7         14.1         13.6
+    in passes, neighbours        7.0          10.8          7.1         12.1         13.3     (on another day)
 
-Short passes are best, two blocks a warp: with four the first two took 8.0 and 13.5, the last two 14.6 and 13.9, with
-eight 9.5, 18.4, 16.0 and 15.8. Few rows are no case for passes; in 4096 x 8192 there are two programs a multiprocessor.
+The first passes dealt their blocks out to the warps in turn, as above: 86 instructions a block, a quarter of them to
+work out addresses. With neighbours for a warp, one follows the other at a fixed distance, which a load's instruction
+holds, and they may share a group: 70 instructions, and 64 registers a thread in place of 69. So four programs of 8
+warps fit on a multiprocessor rather than three, and all 512 run at once (12.5 predicted). Hence the rule: as many
+blocks a pass as let all programs run at once, 4 where they are few, else 2. One more, or one fewer, than that is
+slower: at 8192 x 8192 13.3 and 17.6, at 16384 x 4096 12.0 with four. Why the same kernel took from 12.1 to 15.3 in
+seven timings of 8192 x 8192, of either group size, within minutes is not known; others repeat to a few percent.
   Tried and failed (results/attempts.json, group size 128). x into registers as well, each thread its own part: the
 assembler moves such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3
 microseconds where it now takes 2.4. Unpacking all codes before the wait, while there is time: four registers of
@@ -162,6 +168,8 @@ def load_pass(
     places = starts[:, :, None, None] + ((thread * 4)[:, None] + neighbour[None, :])[None, None, :, :]
     code_ptrs = codes_ptr + tile.to(gl.int64) * (blocks * 256) + places
     row_ptrs = scale_zeros_ptr + gl.minimum(tile * ROWS + row, N - 1)
+    # Whether a warp's blocks begin where a group does. Then a group's later blocks need no word of their own.
+    SHARED: gl.constexpr = GROUP_SIZE % (64 * STEP) == 0 or 64 * STEP % GROUP_SIZE == 0
     codes = ()
     words = ()
     for i in gl.static_range(STEP):
@@ -169,7 +177,7 @@ def load_pass(
         there = ((block < blocks) | EVEN)[:, None]
         # NEW: a step of so many half-words from one address, which goes into the load's own instruction.
         codes += (gl.load(code_ptrs + (first_block + i) * 256, mask=there[:, :, None, None], other=0),)
-        if i * 64 % GROUP_SIZE == 0 or GROUP_SIZE % (64 * STEP) != 0:  # else: the same group as the neighbour before
+        if i * 64 % GROUP_SIZE == 0 or not SHARED:  # else: the same group as the neighbour before
             word_ptrs = row_ptrs[None, :] + (block * 64 // GROUP_SIZE * N)[:, None]
             word = gl.load(word_ptrs, mask=there, other=0)
         words += (word,)
@@ -262,7 +270,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         raise ValueError(f"x has shape {list(x.shape)}, for {m} tokens K is at most {most_columns}")
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 1 and in_passes(n, k):
-        kernel, options = passes_kernel, pass_options(k)
+        kernel, options = passes_kernel, pass_options(n, k)
     else:
         kernel, options = few_tokens_kernel, {"BLOCK_M": block_m, **launch_options(k)}
     kernel[(triton.cdiv(n, TILE_ROWS),)](
@@ -284,13 +292,22 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
 
 
 def in_passes(n: int, k: int) -> bool:
-    """Whether one token's product with a weight [n, k] is made in passes: rows too long for registers, or too many."""
-    return k > MOST_COLUMNS or (k >= 4096 and n >= 5120)
+    """Whether one token's product with a weight [n, k] is made in passes: rows too long for registers, or too many.
+
+    With more than 4096 columns in registers there is room for one program of 16 rows on each of an H200's 132
+    multiprocessors, with 4096 for two.
+    """
+    most_rows = 132 * TILE_ROWS * (2 if k == 4096 else 1)
+    return k > MOST_COLUMNS or (k >= 4096 and n > most_rows)
 
 
-def pass_options(k: int) -> dict[str, int]:
-    """How many passes there are for K = k columns, blocks of 64 columns a warp and pass, and warps."""
-    step, warps = 2, 4 if k <= 4096 else 8
+def pass_options(n: int, k: int) -> dict[str, int]:
+    """How many passes there are, blocks of 64 columns a warp and pass, and warps: so that all programs run at once.
+
+    An H200's multiprocessors have registers for 32 warps each with two blocks, for 16 with four.
+    """
+    warps = 4 if k <= 4096 else 8
+    step = 4 if triton.cdiv(n, TILE_ROWS) * warps <= 132 * 16 else 2
     columns = BLOCK * step * warps
     return {"PASSES": triton.cdiv(k, columns), "EVEN": k % columns == 0, "STEP": step, "num_warps": warps}
 

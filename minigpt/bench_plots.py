@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which colour-blind people tell apart too.
 GREY, BLUE, ORANGE = "#777777", "#0072B2", "#D55E00"
 # Of a step's parts (minigpt.step_profile), in the order in which they are drawn: what reads weights, attention, what
-# costs little but its launch. Fused kernels, which have names of their own, take OTHER_COLOURS.
+# costs little but its launch. A part that is not here takes one of OTHER_COLOURS.
 PART_COLOURS = {
     "attn.c_attn": "#08519C",
     "attn.c_proj": "#3182BD",
     "mlp.c_fc": "#6BAED6",
     "mlp.c_proj": "#B9D7EE",
+    "linear layers, fused": "#0072B2",
     "output layer": "#54278F",
     "attention": "#E69F00",
     "LayerNorm": "#006D2C",
@@ -36,7 +37,7 @@ PART_COLOURS = {
     "cache mask": "#E7B8D3",
     "sampling": "#8C2D04",
 }
-OTHER_COLOURS = ("#56B4E9", "#0072B2", "#F0E442", "#D55E00", "#009E73", "#332288", "#999933", "#882255")
+OTHER_COLOURS = ("#56B4E9", "#F0E442", "#D55E00", "#009E73", "#332288", "#999933", "#882255")
 GAPS_COLOUR = "#DDDDDD"
 
 # A line of the plot: is it int4, how it is computed (at each context the fastest counts), its name, colour, marker.

@@ -44,6 +44,13 @@ PARTS = {  # by a module's name in its block or in the model
     "": "residual sums",  # what a block does itself
     "lm_head": "output layer",
 }
+KERNELS = {  # what the fused kernels of lessons 18 to 20 compute
+    "embed_kernel": "embedding",
+    "fused_kernel": "linear layers, fused",
+    "attention_kernel": "attention",
+    "output_kernel": "output layer",
+    "pick_kernel": AFTER,
+}
 
 
 class Kernel(NamedTuple):
@@ -200,11 +207,11 @@ def by_mark(kernels: Sequence[Kernel], parts: Sequence[str]) -> dict[str, float]
 
 
 def by_kernel(kernels: Sequence[Kernel]) -> dict[str, float]:
-    """Microseconds by kernel, those of torch's own kernels together: they choose the token."""
+    """Microseconds by part of steps whose parts are kernels; torch's own choose the token."""
     spent: dict[str, float] = defaultdict(float)
     for kernel, microseconds in durations(kernels):
         torchs = "::" in kernel.name or kernel.name.startswith(("Memcpy", "Memset"))
-        spent[AFTER if torchs else kernel.name.removesuffix("_kernel")] += microseconds
+        spent[AFTER if torchs else KERNELS.get(kernel.name, kernel.name)] += microseconds
     return spent
 
 

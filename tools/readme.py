@@ -34,7 +34,6 @@ def evaluation(name: str) -> str:
     """The table of eval.py, with its protocol beneath."""
     content = read(name)
     p, rows = content["protocol"], content["rows"]
-    has_kl = "kl" in rows[0]  # measurements of before it was measured have none
     cells = [
         [
             "FP16" if row["weights"] == "fp16" else "int4",
@@ -42,14 +41,15 @@ def evaluation(name: str) -> str:
             f"{row['bytes'] / 1e6:.1f} MB",
             f"{row['perplexity']:.2f}",
             "" if row is rows[0] else f"{100 * (row['perplexity'] / rows[0]['perplexity'] - 1):+.2f}%",
-            *(["" if row is rows[0] else f"{row['kl']:.4f}"] if has_kl else []),
+            "" if row is rows[0] else f"{row['kl']:.4f}",
+            f"{row['scoring_tokens_per_second']:,.0f}",
             f"{row['prefill_tokens_per_second']:,.0f}",
             f"{row['decode_tokens_per_second']:,.0f}",
         ]
         for row in rows
     ]
-    columns = ["weights", "bits/weight", "bytes", "perplexity", "change", *(["KL"] if has_kl else [])]
-    columns += ["prefill tokens/s", "decode tokens/s"]
+    columns = ["weights", "bits/weight", "bytes", "perplexity", "change", "KL"]
+    columns += [f"{what} tokens/s" for what in ("scoring", "prefill", "decode")]
     note = (
         f"`{p['command']}`: {p['tokens']:,} tokens, windows of {p['context_length']}, stride {p['stride']}; "
         f"{p['device']}, arithmetic in {p['arithmetic']}, torch {p['torch']}, Python {p['python']}, {p['date']}."
@@ -96,6 +96,7 @@ IDEAS = {
     "k13_w4a8": "8-bit activations",
     "k15_w4a8_hopper": "8-bit activations in k12's loop",
     "k22_two_rings": "weight and tokens by the copy engine",
+    "k23_w4a8_rings": "the same with 8-bit activations",
 }
 LADDER_SHAPE = (8192, 8192)
 LADDER_TOKENS = (1, 16, 128, 512, 2048)

@@ -277,10 +277,10 @@ def test_time_of_kernels_by_mark():
 
 def test_time_of_fused_kernels_by_name():
     kernels = [
-        Kernel("attend_kernel", 0, 2), Kernel("gemv_kernel", 2, 7), Kernel("attend_kernel", 8, 9),
+        Kernel("attention_kernel", 0, 2), Kernel("fused_kernel", 2, 7), Kernel("attention_kernel", 8, 9),
         Kernel("void at::native::reduce_kernel<...>", 9, 10), Kernel("Memcpy DtoD (Device -> Device)", 10, 12),
     ]  # fmt: skip
-    assert step_profile.by_kernel(kernels) == {"attend": 3, "gemv": 5, "sampling": 3}
+    assert step_profile.by_kernel(kernels) == {"attention": 3, "linear layers, fused": 5, "sampling": 3}
 
 
 @pytest.mark.gpu
