@@ -73,7 +73,7 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
         token_scales: float32 [M].
     """
     m, k = x.shape
-    width = triton.cdiv(k, BLOCK) * BLOCK
+    width = common.cdiv(k, BLOCK) * BLOCK
     x8 = torch.empty((m, width), dtype=torch.int8, device=x.device)
     token_scales = torch.empty(m, dtype=torch.float32, device=x.device)
     half = triton.next_power_of_2(width // 2)

@@ -168,10 +168,10 @@ def launch_options(m: int, n: int, k: int, group_size: int) -> dict[str, int]:
     """Block sizes, split, warps and stages for m tokens: what was best on an H200, written as a rule."""
     block_n, num_warps = (128, 8) if m > 32 and n * k > 2**22 else (128 if n >= 4096 and m <= 32 else 64, 4)
     block_m = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 256 else 128
-    tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
+    tiles = common.cdiv(m, block_m) * common.cdiv(n, block_n)
     # Enough programs to hide each other's start and end, two to four a multiprocessor, but none with next to no steps.
     programs, least_steps = 512 if m <= 32 else 256, 4 if tiles > 16 else 2
-    split = max(1, min(programs // tiles, triton.cdiv(k, BLOCK) // least_steps, MOST_PARTS))
+    split = max(1, min(programs // tiles, common.cdiv(k, BLOCK) // least_steps, MOST_PARTS))
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -225,7 +225,7 @@ def matmul(
     options = options or launch_options(m, n, k, weight.group_size)
     split = options["SPLIT_K"] > 1
     parts = torch.empty((options["SPLIT_K"], m, n), dtype=torch.float32, device=x.device) if split else out
-    tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"])
+    tiles = common.cdiv(m, options["BLOCK_M"]) * common.cdiv(n, options["BLOCK_N"])
     split_k_kernel[(tiles, options["SPLIT_K"])](
         x_2d,
         weight.codes,

@@ -226,7 +226,7 @@ def gemv_kernel(
 def launch_options(n: int, k: int) -> dict[str, int]:
     """Rows a program, blocks a step and warps: many rows fill the machine by themselves, few need long steps."""
     rows = 4 if n >= 1024 else 2
-    blocks = triton.next_power_of_2(triton.cdiv(k, BLOCK))
+    blocks = triton.next_power_of_2(common.cdiv(k, BLOCK))
     if n >= 4096 or blocks <= 16:
         return {"ROWS": rows, "BLOCKS": 16, "num_warps": 1}
     if blocks <= 32:
@@ -257,7 +257,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         x_1d = x_1d.clone()  # pairs are read as 4-byte words
     out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     options = launch_options(n, k)
-    gemv_kernel[(triton.cdiv(n, options["ROWS"]),)](
+    gemv_kernel[(common.cdiv(n, options["ROWS"]),)](
         x_1d.view(torch.int32),
         weight.codes.view(torch.int32),
         weight.scale_zeros,

@@ -145,7 +145,7 @@ def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float16) -> Te
     n, k = weight.out_features, weight.in_features
     w = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
     options = launch_options()
-    grid = (triton.cdiv(n, options["BLOCK_N"]), triton.cdiv(weight.blocks, options["BLOCKS"]))
+    grid = (common.cdiv(n, options["BLOCK_N"]), common.cdiv(weight.blocks, options["BLOCKS"]))
     dequantize_prepared_kernel[grid](
         weight.codes.view(torch.int32),
         weight.scale_zeros,

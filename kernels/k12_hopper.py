@@ -51,7 +51,6 @@ EXERCISE. Take BLOCK_M = 128. Count clocks for wgmma and for dequantizing again,
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -308,7 +307,7 @@ def hopper_kernel(
 def launch_options(m: int, n: int, k: int) -> dict[str, int] | None:
     """The tallest tiles that still make enough programs for the machine; None where none do, and lesson 9 is better."""
     for block_m in (256, 128, 64):
-        tiles = triton.cdiv(m, block_m) * triton.cdiv(n, BLOCK_N)
+        tiles = common.cdiv(m, block_m) * common.cdiv(n, BLOCK_N)
         # Sharing a tile costs a round trip of its sums: only where each part is still 32 steps long.
         split = 1 if block_m == 256 else max(1, min(4, 132 // tiles, k // BLOCK // 32))
         split = 2 ** (split.bit_length() - 1)
@@ -341,7 +340,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     if m == 0:
         return out.view(*x.shape[:-1], n)
     options = launch_options(m, n, k) or {"BLOCK_M": 64, "SPLIT_K": 1, "STAGES": 8}
-    tiles = triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, BLOCK_N)
+    tiles = common.cdiv(m, options["BLOCK_M"]) * common.cdiv(n, BLOCK_N)
     split = options["SPLIT_K"] > 1
     parts = torch.empty((options["SPLIT_K"], m, n), dtype=torch.float32, device=x.device) if split else out
     hopper_kernel[(tiles, options["SPLIT_K"])](

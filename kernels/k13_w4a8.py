@@ -200,7 +200,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         return out.view(*x.shape[:-1], n)
     x8, token_scales = quantize_activations(x_2d)
     options = launch_options(m, weight.group_size)
-    grid = (triton.cdiv(m, options["BLOCK_M"]) * triton.cdiv(n, options["BLOCK_N"]),)
+    grid = (common.cdiv(m, options["BLOCK_M"]) * common.cdiv(n, options["BLOCK_N"]),)
     w4a8_kernel[grid](
         x8,
         token_scales,

@@ -47,7 +47,6 @@ activations change in this file, and what would the scales of groups of 64 then 
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -197,7 +196,7 @@ def w4a8_hopper_kernel(
 def block_m(m: int, n: int) -> int:
     """The tallest tiles that still make enough programs for the machine."""
     for height in (256, 128):
-        if triton.cdiv(m, height) * triton.cdiv(n, BLOCK_N) >= 100:
+        if common.cdiv(m, height) * common.cdiv(n, BLOCK_N) >= 100:
             return height
     return 64
 
@@ -227,7 +226,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         return out.view(*x.shape[:-1], n)
     x8, token_scales = quantize_activations(x_2d)
     height = block_m(m, n)
-    w4a8_hopper_kernel[(triton.cdiv(m, height) * triton.cdiv(n, BLOCK_N),)](
+    w4a8_hopper_kernel[(common.cdiv(m, height) * common.cdiv(n, BLOCK_N),)](
         describe_swizzled(x8, (height, BLOCK)),
         token_scales,
         weight.codes,

@@ -160,7 +160,7 @@ def dequantize(weight: Int8Weight, dtype: torch.dtype = torch.float16) -> Tensor
     n, k = weight.codes.shape
     w = torch.empty((n, k), dtype=dtype, device=weight.codes.device)
     rows, block_k = 16, 256
-    grid = (triton.cdiv(n, rows), triton.cdiv(k, block_k))
+    grid = (common.cdiv(n, rows), common.cdiv(k, block_k))
     dequantize_kernel[grid](*weight, w, n, k, ROWS=rows, BLOCK_K=block_k)
     return w
 
@@ -193,7 +193,7 @@ def matmul(x: Tensor, weight: Int8Weight) -> Tensor:
         raise ValueError(f"x has shape {list(x.shape)}, this kernel multiplies 1 to {MOST_TOKENS} tokens of {k}")
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     options = {**launch_options(m, k), **common.early_launch()}
-    grid = (triton.cdiv(n, options["ROWS"]),)
+    grid = (common.cdiv(n, options["ROWS"]),)
     if m == 1:
         one_token_kernel[grid](x_2d, *weight, out, n, k, **options)
     else:

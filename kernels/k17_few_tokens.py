@@ -74,7 +74,6 @@ with the weight's.
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -273,7 +272,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
         kernel, options = passes_kernel, pass_options(n, k)
     else:
         kernel, options = few_tokens_kernel, {"BLOCK_M": block_m, **launch_options(k)}
-    kernel[(triton.cdiv(n, TILE_ROWS),)](
+    kernel[(common.cdiv(n, TILE_ROWS),)](
         x_2d,
         weight.codes,
         weight.scale_zeros,
@@ -307,9 +306,9 @@ def pass_options(n: int, k: int) -> dict[str, int]:
     An H200's multiprocessors have registers for 32 warps each with two blocks, for 16 with four.
     """
     warps = 4 if k <= 4096 else 8
-    step = 4 if triton.cdiv(n, TILE_ROWS) * warps <= 132 * 16 else 2
+    step = 4 if common.cdiv(n, TILE_ROWS) * warps <= 132 * 16 else 2
     columns = BLOCK * step * warps
-    return {"PASSES": triton.cdiv(k, columns), "EVEN": k % columns == 0, "STEP": step, "num_warps": warps}
+    return {"PASSES": common.cdiv(k, columns), "EVEN": k % columns == 0, "STEP": step, "num_warps": warps}
 
 
 def check() -> Iterator[common.Check]:

@@ -183,7 +183,7 @@ def launch(
     m = len(out)
     if m > 8:
         raise ValueError(f"there are {m} tokens, this kernel multiplies at most 8")
-    fused_kernel[(triton.cdiv(weight.out_features, TILE_ROWS),)](
+    fused_kernel[(common.cdiv(weight.out_features, TILE_ROWS),)](
         x.outs if isinstance(x, Parts) else x,
         x.logs if isinstance(x, Parts) else None,
         positions,
@@ -205,7 +205,7 @@ def launch(
         ADD=gamma is not None,
         SPLITS=x.logs.shape[2] if isinstance(x, Parts) else 0,
         BLOCK_L=BLOCK_L,
-        TILES=triton.next_power_of_2(triton.cdiv(weight.in_features, TILE_ROWS)),
+        TILES=triton.next_power_of_2(common.cdiv(weight.in_features, TILE_ROWS)),
         GROUP_SIZE=weight.group_size,
         BLOCK_M=1 if m == 1 else 8,
         READY=ready_blocks(m, weight.out_features, weight.in_features),

@@ -188,7 +188,7 @@ def attend_in_parts(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts:
 
 def _launch(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor | None, parts: Parts) -> None:
     batch_size, heads, length, head_size = k.shape
-    grid = (heads, batch_size, triton.cdiv(length, BLOCK_L))
+    grid = (heads, batch_size, common.cdiv(length, BLOCK_L))
     attention_kernel[grid](
         qkv,
         k,

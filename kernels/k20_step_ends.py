@@ -280,7 +280,7 @@ def embed(
         tokens.numel(),
         BITS=bits,
         GROUP_SIZE=wte.group_size if isinstance(wte, PreparedWeight) else 1,
-        TILES=triton.next_power_of_2(triton.cdiv(c, TILE_ROWS)),
+        TILES=triton.next_power_of_2(common.cdiv(c, TILE_ROWS)),
         num_warps=4,
         **common.early_launch(),
     )
@@ -316,7 +316,7 @@ def _launch(stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float) -> tu
     if m > 8:
         raise ValueError(f"the stream has {m} tokens, this kernel takes at most 8")
     n, device = wte.out_features, stream.residual.device
-    programs = triton.cdiv(n, TILE_ROWS)
+    programs = common.cdiv(n, TILE_ROWS)
     out = torch.empty((m, n), dtype=torch.float16, device=device)
     best = torch.empty((programs, m), device=device)
     index = torch.empty((programs, m), dtype=torch.int32, device=device)
@@ -335,7 +335,7 @@ def _launch(stream: Stream, wte: Int8Weight, norm: FoldedNorm, eps: float) -> tu
         k,
         k // BLOCK,
         eps,
-        TILES=triton.next_power_of_2(triton.cdiv(k, TILE_ROWS)),
+        TILES=triton.next_power_of_2(common.cdiv(k, TILE_ROWS)),
         BLOCK_M=1 if m == 1 else 8,
         **launch_options(k),
         **common.early_launch(),
@@ -350,8 +350,8 @@ def launch_options(k: int) -> dict[str, int]:
     best token at (K, M) = (768, 1), (1600, 1), (1600, 8): 14.3, 25.6 and 39.8; with 2 blocks a pass 14.7, 29.9 and 47.5
     (results/attempts.json).
     """
-    step = min(triton.cdiv(k // BLOCK, 4), 8)
-    return {"STEP": step, "PASSES": triton.cdiv(k // BLOCK, 2 * step), "num_warps": 2}
+    step = min(common.cdiv(k // BLOCK, 4), 8)
+    return {"STEP": step, "PASSES": common.cdiv(k // BLOCK, 2 * step), "num_warps": 2}
 
 
 def check() -> Iterator[common.Check]:

@@ -527,8 +527,8 @@ def launch_options(c: int) -> dict[str, int]:
     """Of the kernel, for C = c columns."""
     return {
         "TILES": triton.next_power_of_2(c // TILE_ROWS),
-        "STEP": triton.cdiv(c // BLOCK, WARPS),
-        "STEP_4": triton.cdiv(4 * c // BLOCK, WARPS),
+        "STEP": common.cdiv(c // BLOCK, WARPS),
+        "STEP_4": common.cdiv(4 * c // BLOCK, WARPS),
         "num_warps": WARPS,
     }
 

@@ -89,7 +89,6 @@ the product, and subtract 1024 + zero times the sum of x from the result. How ma
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -367,11 +366,11 @@ def two_rings_kernel(
 
 def launch_options(m: int, n: int, k: int, group_size: int) -> dict[str, int]:
     """The tallest tiles that still make enough programs for the machine, and who shares K."""
-    height = min(128, max(16, triton.next_power_of_2(m)))
+    height = next(height for height in (16, 32, 64, 128) if height >= min(m, 128))
     while True:
-        tiles = triton.cdiv(n, ROWS.value) * triton.cdiv(m, height)
+        tiles = common.cdiv(n, ROWS.value) * common.cdiv(m, height)
         # A part is 2048 columns long or longer; with 128 tokens 4096 are as many as one warpgroup should walk alone.
-        split = max(triton.cdiv(128, tiles), k // 4096 if height == 128 else 1)
+        split = max(common.cdiv(128, tiles), k // 4096 if height == 128 else 1)
         split = 2 ** (max(1, min(split, k // 2048)).bit_length() - 1)
         if (tiles if height == 128 else tiles * split) >= FEWEST_PROGRAMS[height]:
             break
@@ -413,7 +412,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     options = launch_options(m, n, k, weight.group_size)
     height, wide, split = options.pop("BLOCK_M"), options.pop("WIDE"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
-    two_rings_kernel[(triton.cdiv(n, ROWS.value), triton.cdiv(m, height), split)](
+    two_rings_kernel[(common.cdiv(n, ROWS.value), common.cdiv(m, height), split)](
         describe_swizzled(x_2d.view(m, k // BLOCK, BLOCK).permute(1, 0, 2), (wide, height, BLOCK)),
         *describe_weight(weight.codes, weight.scale_zeros, wide, groups_of(wide, weight.group_size), ROWS.value),
         bias,

@@ -74,7 +74,6 @@ shapes above it could pay.
 from collections.abc import Iterator
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -372,7 +371,7 @@ def w4a8_rings_kernel(
 def launch_options(m: int, n: int, k: int) -> dict[str, int]:
     """The largest tiles, no more than half of them empty, that still make enough programs for the machine."""
     for rows, tokens in RINGS:
-        tiles = triton.cdiv(n, rows) * triton.cdiv(m, tokens)
+        tiles = common.cdiv(n, rows) * common.cdiv(m, tokens)
         split = 1
         # Programs share K where tokens are few. A part is 2048 columns long or longer.
         while tokens <= 64 and tiles * split < ENOUGH_PROGRAMS and 2 * split * 2048 <= k:
@@ -410,7 +409,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     options = launch_options(m, n, k)
     rows, tokens, split = options.pop("ROWS"), options.pop("BLOCK_M"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
-    w4a8_rings_kernel[(triton.cdiv(n, rows), triton.cdiv(m, tokens), split)](
+    w4a8_rings_kernel[(common.cdiv(n, rows), common.cdiv(m, tokens), split)](
         describe_swizzled(x8, (tokens, 128)),
         *describe_weight(weight.codes, weight.scale_zeros, WIDE.value, groups_of(weight.group_size), rows),
         token_scales,

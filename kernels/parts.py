@@ -44,7 +44,7 @@ def add_up(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
         out: float16 or bfloat16 [M, N], written.
     """
     block = BLOCK if out.numel() >= 132 * BLOCK else BLOCK // 4  # few outputs: more programs, to have them sooner
-    add_up_kernel[(triton.cdiv(out.numel(), block),)](
+    add_up_kernel[(common.cdiv(out.numel(), block),)](
         parts,
         bias,
         out,

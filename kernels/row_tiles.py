@@ -22,11 +22,11 @@ would cost the sum three digits.
 For lessons 15 and 23 the operands of int8 products: `make_operand`.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from kernels import common
 from kernels.prepared import BLOCK, TILE_ROWS
 
 ROWS = gl.constexpr(TILE_ROWS)  # of the weight, a program
@@ -459,9 +459,9 @@ def gelu(x):
 
 def launch_options(k: int) -> dict[str, int]:
     """Blocks of 64 columns a warp, and warps: as many warps as it takes to hold K = k columns in registers."""
-    blocks = triton.cdiv(k, BLOCK)
+    blocks = common.cdiv(k, BLOCK)
     warps = 4 if blocks <= 4 * 13 else 8
-    return {"STEP": triton.cdiv(blocks, warps), "num_warps": warps}
+    return {"STEP": common.cdiv(blocks, warps), "num_warps": warps}
 
 
 def ready_blocks(m: int, n: int, k: int) -> int:

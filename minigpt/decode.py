@@ -36,14 +36,18 @@ def model_logits(model: GPT) -> StepLogits:
     return step_logits
 
 
-def eager_logits(step_logits: StepLogits) -> StepLogits:
-    """A step for a CPU in bfloat16, where torch's own kernel for attention takes three times as long as its parts."""
+def attention_in_parts(step_logits: StepLogits) -> StepLogits:
+    """The same step with attention as plain operations, and not as torch's own kernel for it.
 
-    def eager_step(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+    That is what a compiler can fuse: it cannot look into a kernel. For one token it is as good. (As gpt-fast does,
+    github.com/meta-pytorch/gpt-fast.) And on a CPU the kernel takes three times as long in bfloat16.
+    """
+
+    def step(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
         with sdpa_kernel(SDPBackend.MATH):
             return step_logits(tokens, positions, cache)
 
-    return eager_step
+    return step
 
 
 def compiled_logits(step_logits: StepLogits, tuning: Sequence[str] = COMPILER_TUNING) -> StepLogits:
@@ -58,15 +62,7 @@ def compiled_logits(step_logits: StepLogits, tuning: Sequence[str] = COMPILER_TU
     """
     torch.compiler.reset()  # it refuses to compile one function for too many models; captured steps are safe
     options: dict[str, str | int | bool | Callable[..., object]] = dict.fromkeys(tuning, True)
-    compiled = torch.compile(step_logits, fullgraph=True, dynamic=False, options=options)
-
-    def compiled_step(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
-        # Attention written out in plain operations is what the compiler can fuse: it cannot look into a kernel. For
-        # one token that is as good. (As gpt-fast does, github.com/meta-pytorch/gpt-fast.)
-        with sdpa_kernel(SDPBackend.MATH):
-            return compiled(tokens, positions, cache)
-
-    return compiled_step
+    return attention_in_parts(torch.compile(step_logits, fullgraph=True, dynamic=False, options=options))
 
 
 def greedy_way(step_logits: StepLogits) -> tuple[StepLogits, Callable[[Tensor], Tensor]]:
@@ -140,7 +136,7 @@ class DecodeStep:
         if how == "compiled":
             self.step_logits = compiled_logits(step_logits)
         elif not tokens.is_cuda and cache.k[0].dtype == torch.bfloat16:
-            self.step_logits = eager_logits(step_logits)
+            self.step_logits = attention_in_parts(step_logits)
         if how != "eager" and tokens.is_cuda:
             self._capture(generator)
 
