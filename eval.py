@@ -94,6 +94,7 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
     if args.json:
         check_file("--json", args.json)
+    checkpoint.check_known(args.model)
     if args.quantized is None:
         args.quantized = [checkpoint.default_int4_folder(args.model)]
         if not args.quantized[0].exists():

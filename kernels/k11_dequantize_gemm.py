@@ -44,8 +44,8 @@ MEASURED on an H200 (results/k11_dequantize_gemm.json: command, versions, date; 
   This was measured when each thread still kept its 8 half-words, and stored their four slices: pieces of 32 bytes, 128
 bytes apart, of which the L2 cache puts each line together. `dequantize` alone took 55 microseconds so, 75% of a plain
 copy's bandwidth, and lesson 2, which turns its tiles to write long rows, 49: the order that needs no turning was the
-slower one. The stores were suspected, and rightly. Whole lines take 47 (46 predicted; 87%), 46.5 with groups of 128
-(results/attempts.json): take 8 off the table's times.
+slower one. The stores were suspected, and rightly. Whole lines take 47 (46 predicted; 87%), with groups of 128 as well
+(results/attempts.json): take 8 off the table's times, and 7 off those for groups of 128.
   Afterwards, beside lesson 12 (results/attempts.json, front_door), times fp16: 8192 tokens of GPT-2's layers, 124M and
 XL, take this lesson 0.92 to 0.97x and lesson 12 0.70 to 0.83x; 2048 tokens 0.79 to 0.88x and 0.45 to 0.94x. Lesson 12's
 tiles are all of one size, and where they do not fill the machine's last round, it idles; the vendor has others.
@@ -160,7 +160,7 @@ def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float16) -> Te
 
 
 def launch_options() -> dict[str, int]:
-    """Block sizes and warps: 8 half-words a thread, so that it keeps them, and loads the scales that go with them."""
+    """Block sizes and warps: 32 weights a thread, four loads and four stores of 16 bytes."""
     return {"BLOCK_N": 32, "BLOCKS": 4, "num_warps": 8}
 
 

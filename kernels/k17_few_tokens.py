@@ -48,15 +48,17 @@ code, where a test looks.) Predicted: 11 microseconds; reading alone takes 8. Gr
     lesson 10                    8.7          16.6         10.6         15.5         16.3
     all of K in registers        8.6          16.1          8.3         16.5         16.3
     in passes, dealt out         7.9          12.9          8.7         14.1         13.6
-    in passes, neighbours        7.0          10.8          7.1         12.1         13.3     (on another day)
+    in passes, neighbours        7.0          10.8          7.1      12.1 .. 14.2  12.6 .. 15.3
 
 The first passes dealt their blocks out to the warps in turn, as above: 86 instructions a block, a quarter of them to
 work out addresses. With neighbours for a warp, one follows the other at a fixed distance, which a load's instruction
-holds, and they may share a group: 70 instructions, and 64 registers a thread in place of 69. So four programs of 8
-warps fit on a multiprocessor rather than three, and all 512 run at once (12.5 predicted). Hence the rule: as many
-blocks a pass as let all programs run at once, 4 where they are few, else 2. One more, or one fewer, than that is
-slower: at 8192 x 8192 13.3 and 17.6, at 16384 x 4096 12.0 with four. Why the same kernel took from 12.1 to 15.3 in
-seven timings of 8192 x 8192, of either group size, within minutes is not known; others repeat to a few percent.
+holds, and they may share a group: 70 instructions (77 with groups of 64), and 64 registers a thread in place of 69. So
+four programs of 8 warps fit on a multiprocessor rather than three, and all 512 run at once. Hence the rule: two blocks
+a warp and pass, and four where there are so few programs that all of them fit even so (`pass_options`). Predicted: 12.5
+microseconds for 8192 x 8192. Timed side by side it took 12.1 where the first passes took 13.7, with groups of 64 13.3
+and 13.7; with one block a warp and pass 17.6, with four 13.3, with four and half as many warps 12.2. But the same
+kernel took from 12.1 to 15.3 in seven timings within minutes, in three processes; why is not known, and others repeat
+to a few percent. (Long before, the first passes took 14.1 and 13.6.)
   Tried and failed (results/attempts.json, group size 128). x into registers as well, each thread its own part: the
 assembler moves such loads down to where they are used, one wait after another, and 2048 x 2048 at M = 8 took 4.3
 microseconds where it now takes 2.4. Unpacking all codes before the wait, while there is time: four registers of
@@ -174,7 +176,7 @@ def load_pass(
     for i in gl.static_range(STEP):
         block = first_block + warp * STEP + i
         there = ((block < blocks) | EVEN)[:, None]
-        # NEW: a step of so many half-words from one address, which goes into the load's own instruction.
+        # NEW: block after block at a fixed distance, i * 256, which goes into the load's own instruction.
         codes += (gl.load(code_ptrs + (first_block + i) * 256, mask=there[:, :, None, None], other=0),)
         if i * 64 % GROUP_SIZE == 0 or not SHARED:  # else: the same group as the neighbour before
             word_ptrs = row_ptrs[None, :] + (block * 64 // GROUP_SIZE * N)[:, None]
@@ -303,7 +305,8 @@ def in_passes(n: int, k: int) -> bool:
 def pass_options(n: int, k: int) -> dict[str, int]:
     """How many passes there are, blocks of 64 columns a warp and pass, and warps: so that all programs run at once.
 
-    An H200's multiprocessors have registers for 32 warps each with two blocks, for 16 with four.
+    Where that can be. An H200's 132 multiprocessors have registers for 32 warps each with two blocks a warp and pass,
+    for 16 or more with four.
     """
     warps = 4 if k <= 4096 else 8
     step = 4 if common.cdiv(n, TILE_ROWS) * warps <= 132 * 16 else 2
@@ -317,7 +320,8 @@ def check() -> Iterator[common.Check]:
         yield "mma.sync needs an NVIDIA GPU of sm_80 or newer, and this machine has none", None
         return
     shapes = [(1, 40, 2048, 64), (3, 33, 384, 128), (8, 1000, 1600, 320), (5, 70, 8192, 128), (2, 4100, 4096, 4096)]
-    shapes += [(1, 1000, 8256, 64), (1, 33, 12800, 128)]  # in passes, the last of them with fewer blocks
+    # In passes, the last of them with fewer blocks; of 4 and of 2 blocks a warp, 8 warps and 4.
+    shapes += [(1, 1000, 8256, 64), (1, 33, 12800, 128), (1, 4300, 8256, 192), (1, 8470, 4096, 128)]
     yield from common.check_matmul(matmul, prepare, shapes)
 
 

@@ -15,9 +15,9 @@ and that is less of a demand than it seems. A sum does not mind its order: as lo
 Half-word j holds columns j of all four slices, so the 8 bytes are the thread's part of four tiles of w: with four
 masks and a shift a word they are the operands of four instructions. No shared memory, no exchange between threads.
 
-A program's warps share the columns: block 64 b belongs to warp b modulo num_warps. The scale waits until the products
-of a block are summed (fp32): 4 multiplications for 32 weights, in place of 32. The zero cannot wait, as 1024 + code
-would cost the sum three digits.
+A program's warps share the columns: block b, of 64, belongs to warp b modulo num_warps (but see lesson 17's passes).
+The scale waits until the products of a block are summed (fp32): 4 multiplications for 32 weights, in place of 32. The
+zero cannot wait, as 1024 + code would cost the sum three digits.
 
 For lessons 15 and 23 the operands of int8 products: `make_operand`.
 """

@@ -65,13 +65,16 @@ def resolve(model: str) -> Path:
     Raises:
         UserError: unknown model, or the hub cannot be reached.
     """
+    check_known(model)
     if model == "demo":
         return DEMO_FOLDER
-    if model in HUB_REVISIONS:
-        return _download(model)
-    if Path(model).exists():
-        return Path(model)
-    raise UserError(f"unknown model {model!r}: neither one of {', '.join(PRETRAINED)} nor a path that exists")
+    return _download(model) if model in HUB_REVISIONS else Path(model)
+
+
+def check_known(model: str) -> None:
+    """Raises UserError unless `model` is the name of a pretrained one or a path that exists."""
+    if model not in PRETRAINED and not Path(model).exists():
+        raise UserError(f"unknown model {model!r}: neither one of {', '.join(PRETRAINED)} nor a path that exists")
 
 
 def _download(model: str) -> Path:

@@ -178,8 +178,8 @@ def parse_args() -> argparse.Namespace:
     add_device_argument(parser)
     args = parser.parse_intermixed_args()
     if not args.prompts:
-        taken = f" (--quantized took {args.quantized!r} as its path)" if isinstance(args.quantized, str) else ""
-        raise UserError(f"no prompt is given{taken}; put it before the options")
+        taken = f": --quantized took {args.quantized!r} as its path; put the prompt before it"
+        raise UserError("no prompt is given" + (taken if isinstance(args.quantized, str) else ""))
     for prompt in args.prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
             raise UserError(f"the prompt {ascii(prompt)} is not UTF-8 text")

@@ -254,6 +254,7 @@ class TestErrors:
         )
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--device", "cuda:99"), "--device cuda:99")
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--compile", "--device", "cpu"), "--compile is for a GPU")
+        must_fail(run(tmp_path, "eval.py", "demi", *text), "unknown model 'demi'")
 
     def test_of_generate(self, tmp_path):
         result = run(ROOT, "minigpt/generate.py", "--model", "gpt9", "hello", PYTHONPATH=str(ROOT))

@@ -114,6 +114,7 @@ def gluon_variants():
     for dtype, group_size, n, k in (
         *(("fp16", 64, 8192, 8192), ("fp16", 128, 8192, 8192), ("fp16", 128, 16384, 4096), ("bf16", 8192, 8192, 8192)),
         *(("fp16", 128, 4096, 8192), ("fp16", 128, 8192, 4096), ("fp16", 128, 1600, 12800)),
+        *(("fp16", 192, 8192, 8256), ("fp16", 320, 1600, 12800)),
     ):
         yield 90, 1, k, lesson_17_in_passes(dtype, group_size, n, k)
     for way, m, k in (("norm", 1, 768), ("gelu", 1, 1600), ("add", 8, 1280), ("add", 8, 3072), ("add", 8, 6400)):
@@ -151,6 +152,15 @@ def triton_variants():
     yield k20_step_ends.pick_kernel, pointers, ("programs", "M", "N"), {"BLOCK": 4096, "num_warps": 8}
 
 
+def groups_of(columns, group_size):
+    """Of how many groups a warp asks for scales in a pass of lesson 17.
+
+    Where neither cuts the other in two, once each, and else for every block of 64 columns.
+    """
+    aligned = columns % group_size == 0 or group_size % columns == 0
+    return -(-columns // group_size) if aligned else columns // 64
+
+
 def compile_gluon(arch, m, k, variant):
     """Compiles a Gluon kernel; what it takes, and how it loads the weight's codes."""
     import triton
@@ -183,7 +193,7 @@ def compile_gluon(arch, m, k, variant):
         "step": options["STEP"],
         # Of the output layer's all are written out, of lesson 17's the last one is.
         "passes": {"output_kernel": options.get("PASSES", 1), "passes_kernel": 2}.get(kernel.__name__, 1),
-        "groups": -(-options["STEP"] * 64 // options.get("GROUP_SIZE", 64)),  # a warp and pass
+        "groups": groups_of(options["STEP"] * 64, options.get("GROUP_SIZE", 64)),
         **resource_usage(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
         "mma": len(re.findall(r"\bmma\.sync\.aligned\.m16n8k16", ptx)),

@@ -100,12 +100,13 @@ def test_few_tokens_of_many_columns(canary, m, k, symmetric):
     [
         *((1, 8256, 64), (47, 8320, 128), (100, 32768, 256), (16200, 4096, 4096), (8201, 8192, 128)),
         *((5121, 7232, 64), (33, 8256, 192), (40, 12800, 320), (4096, 8192, 128), (4240, 4096, 64)),
+        *((4300, 8256, 192), (8470, 4160, 320)),
     ],
 )
 @pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_one_token_in_passes(canary, n, k, group_size, dtype, symmetric):
-    """8 or 16 blocks of 64 columns a pass; the last pass, and the last tile of rows, are whole or only partly used."""
+    """8 to 32 blocks of 64 columns a pass; the last pass, and the last tile of rows, are whole or only partly used."""
     assert k17_few_tokens.in_passes(n, k)
     x, weight, bias, expected = few_tokens_problem(1, n, k, group_size, dtype, symmetric=symmetric)
     canary.outputs.clear()

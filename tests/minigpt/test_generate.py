@@ -310,8 +310,8 @@ class TestCommandLine:
     def test_errors(self, cli, small, monkeypatch):
         """Status 2, and one line that names what is wrong; nothing on stdout."""
         for arguments, message in [
-            ([], "no prompt is given; "),
-            (["--quantized", "Once upon"], "no prompt is given (--quantized took 'Once upon' as its path)"),
+            ([], "no prompt is given"),
+            (["--quantized", "Once upon"], "no prompt is given: --quantized took 'Once upon' as its path"),
             (["--quantized", "nowhere", "a"], "--quantized nowhere: no such folder"),
             ([""], "the prompt is empty, and this model's vocabulary has no <|endoftext|>"),
             (["x " * 30], "tokens; the model reads 24"),
