@@ -92,6 +92,7 @@ from kernels.row_tiles import (
     launch_options,
     load_weight,
     multiply,
+    places_of_codes,
     share_tokens,
 )
 
@@ -158,15 +159,9 @@ def load_pass(
     num_warps: gl.constexpr,
 ):
     """Like `load_weight`, but warp w has STEP neighbours, from block first_block + STEP w on; past the end, zeros."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [num_warps, 1, 1, 1], [3, 2, 1, 0])
-    of_row: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))  # [W, ROWS]
-    of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))  # [4, 4]
-    warp = gl.arange(0, num_warps, layout=gl.SliceLayout(1, of_row))
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, of_row))
-    thread = gl.arange(0, 4, layout=gl.SliceLayout(1, of_column))
-    neighbour = gl.arange(0, 4, layout=gl.SliceLayout(0, of_column))
+    warp, row, half_word = places_of_codes(num_warps)
     starts = (warp * (STEP * 256))[:, None] + (row * 16)[None, :]
-    places = starts[:, :, None, None] + ((thread * 4)[:, None] + neighbour[None, :])[None, None, :, :]
+    places = starts[:, :, None, None] + half_word[None, None, :, :]
     code_ptrs = codes_ptr + tile.to(gl.int64) * (blocks * 256) + places
     row_ptrs = scale_zeros_ptr + gl.minimum(tile * ROWS + row, N - 1)
     # Whether a warp's blocks begin where a group does. Then a group's later blocks need no word of their own.

@@ -159,6 +159,19 @@ def as_right(x, mma: gl.constexpr):
 
 
 @gluon.jit
+def places_of_codes(num_warps: gl.constexpr):
+    """What a thread loads of a block's codes, as above: its warp, [W]; rows of a tile, [ROWS]; half-words, [4, 4]."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [num_warps, 1, 1, 1], [3, 2, 1, 0])
+    of_row: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))  # [W, ROWS]
+    of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))  # [4, 4]
+    warp = gl.arange(0, num_warps, layout=gl.SliceLayout(1, of_row))
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, of_row))
+    thread = gl.arange(0, 4, layout=gl.SliceLayout(1, of_column))
+    neighbour = gl.arange(0, 4, layout=gl.SliceLayout(0, of_column))
+    return warp, row, (thread * 4)[:, None] + neighbour[None, :]
+
+
+@gluon.jit
 def load_weight(
     codes_ptr,  # int16 [N/16, blocks, 16, 16]
     scale_zeros_ptr,  # int32 [groups, N]
@@ -174,17 +187,10 @@ def load_weight(
     Blocks past the end are copies of the last one, with scales of 0. Rows past the end of N are not stored: they may
     hold anything finite.
     """
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [num_warps, 1, 1, 1], [3, 2, 1, 0])
-    of_row: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, layout))  # [W, ROWS]
-    of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, layout))  # [4, 4]
-    warp = gl.arange(0, num_warps, layout=gl.SliceLayout(1, of_row))
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, of_row))
-    thread = gl.arange(0, 4, layout=gl.SliceLayout(1, of_column))
-    neighbour = gl.arange(0, 4, layout=gl.SliceLayout(0, of_column))
+    warp, row, half_word = places_of_codes(num_warps)
     n = gl.minimum(first_row + row, N - 1)
     tile = gl.minimum((first_row + row) // 16, (N - 1) // 16)
     row_ptrs = codes_ptr + tile.to(gl.int64) * (blocks * 256) + row % 16 * 16
-    half_word = (thread * 4)[:, None] + neighbour[None, :]  # [4, 4]
     ptrs = row_ptrs[None, :, None, None] + half_word[None, None, :, :]
     codes = ()
     words = ()
