@@ -16,7 +16,7 @@ it goes in as two digits of 7 bits:
     x w^T ~ (128 * (high codes^T) + (low codes^T)) * unit * scale          off by 6e-5, fp16's own rounding is 3e-4
 
 That is two products for one. Of many tokens in bfloat16, a CPU that multiplies that makes one, with weights written out
-a few rows at a time: for GPT-2's vocabulary and 1024 tokens in 165 milliseconds and not in 442.
+a few rows at a time: for GPT-2's vocabulary and 1024 tokens in 290 milliseconds and not in 703 (results/attempts.json).
 """
 
 import functools
@@ -35,8 +35,8 @@ ROWS = 16  # rows come in multiples of this; missing ones are added, and their r
 # or float16, belong to a text that is to be scored: they get the weight written out in their own dtype, exactly.
 MOST_TOKENS = 1024
 # From here on the weight is written out in bfloat16, where that is multiplied natively. Measured for a weight of 3072 x
-# 768 on one core of an AMD EPYC with AVX-512: written out in 1.4 ms; the product takes 1.4 ms with 128 tokens and 11
-# with 1024, by the int4 kernel 3.5 and 28.
+# 768 on one core of an AMD EPYC (results/attempts.json): written out in 2.0 ms; the product takes 3.5 ms with 128
+# tokens and 25 with 1024, by the int4 kernel 7.6 and 59.
 WRITTEN_FROM = 96
 # Whether this CPU has instructions for bfloat16 (those with AMX have them, too); others convert to float32 and back.
 MULTIPLIES_BFLOAT16 = "AVX" in torch.backends.cpu.get_cpu_capability() and torch.cpu._is_avx512_bf16_supported()
