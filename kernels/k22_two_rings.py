@@ -61,12 +61,21 @@ The best of the lessons before took, with 128 tokens, 5.1, 9.3, 14.8, 19.7 and 4
 them to lessons 11 and 12.
 
 Steps of one block took 20.8 microseconds for 16 tokens of 8192 x 8192, 9.4 of 2048 x 8192 and 5.8 of 8192 x 2048; for
-longer ones 11.5, 6.0 and 4.2 were predicted. So the chain was a third of it, where rows are long. What is left is no
-lack of bytes: a kernel that only reads 34 MB, cold, takes 8.0 microseconds (4.2 TB/s, results/attempts.json). But 67
-million weights, at 84 instructions for 16 rows of a block, take the schedulers of all multiprocessors 5.9. Lesson 17
-needs 86, and ends at 15 microseconds, too. To do both at once, rather than one after the other, is what is left. A
-third warpgroup that shares K hardly does it: 14.0 where two take 14.4 (13 predicted), and 8.1 for 7.7 of 2048 x 8192.
-Nor does lesson 17's loop in passes, with 64 rows a program and x copied asynchronously: 21 (11.5 predicted).
+longer ones 11.5, 6.0 and 4.2 were predicted. So the chain was a third of it, where rows are long. What is left? Leave
+out one thing at a time, and see what it had cost (sums wrong, times right; another day's, results/attempts.json):
+
+                          whole    no operands made   no x loaded   no weight loaded   weight in the L2 cache
+    16, 8192 x 8192       14.4          15.0             14.0            13.0                  13.8
+    16, 8192 x 2048        5.7           4.4              5.1             4.4                   4.9
+    128, 8192 x 2048       9.0           7.7              8.5             8.7                   9.0
+
+With long rows, nothing: neither bytes (a kernel that only reads 34 MB, cold, takes 8.0 microseconds) nor instructions
+(84 for 16 rows of a block: 5.9 on all schedulers). Nor the waits: a third warpgroup that shares K takes 14.0 where two
+take 14.4 (13 predicted). What all have in common is wgmma. From 2048 columns to 8192 a multiprocessor has 384 more to
+do, of 64 x 16 x 16 products, 8 clocks' worth each; even with no weight loaded they take 8.6 microseconds, 40 clocks
+each. 64 tokens wide they would take 32, at the full rate: it seems that narrower ones take no less. The instruction of
+lesson 17 may be better here, if not its loop in passes: that, with 64 rows a program and x copied asynchronously, took
+21 (11.5 predicted). With 128 tokens it is the operands that are not hidden, 1.3 microseconds of 9.
   A surprise, still with one block a step: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer
 of them, weight and x, through the L2 cache than 64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2
 microseconds where those took 9.8. Nor is it the number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64
@@ -80,13 +89,17 @@ part of that; deeper rings and one program a multiprocessor: 8.8 for 5.8 at 16 t
 But then the sums of one group must wait in registers while those of the next are made, and round the loop's end. Either
 the assembler waits behind every product, or, where the compiler saw no harm in copying such sums, they were copied
 before they were there, and a third of the result was wrong; nor was it faster (14.2 for 14.2 at 8192 x 8192).
+  Parts that meet in pairs inside the kernel, the first to arrive leaving its sums for the second, in place of a launch
+that adds them up. 2048 x 8192: 8.6 for 7.7 with 16 tokens and four parts, 11.4 for 9.3 with 64, and 12.5 for 13.5 with
+128 and two (6.6 and 11.7 predicted). A meeting, through the L2 cache, takes longer than a kernel that is started early.
   Three traps. If the loop might have no step, the assembler may find accumulators that no product has written, and puts
 a wait behind every product (its message C7515). Hence the `assume`. The same where registers go from the producer to
 two partitions (C7512): there, nobody's are moved. And each barrier's initialization is followed by a wait for the
 whole block: rings of 8 and 32 steps had 48 of them, half a microsecond before the first order.
 
-NEXT. Two programs of a cluster that share x's tiles ("multicast") would halve what comes from the L2 cache: Triton 3.6
-has no word for it, 3.7 has. EXERCISE. Of the 84 instructions, 16 take the zeros away. Let the codes be 1024 + code in
+NEXT. For 16 tokens, lesson 17's instruction on this lesson's rings. Two programs of a cluster that share x's tiles
+("multicast") would halve what comes from the L2 cache: Triton 3.6 has no word for it, 3.7 has. EXERCISE. Of the 84
+instructions, 16 take the zeros away. Let the codes be 1024 + code in
 the product, and subtract 1024 + zero times the sum of x from the result. How many digits does that cost, and whose?
 """
 

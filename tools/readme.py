@@ -384,7 +384,7 @@ def decode(on_cpu: bool = False) -> str:
     note = (
         f"Tokens a second, of all sequences together; how many times as fast int4 at its fastest is as {floating} at "
         "its fastest; and the shares of their rooflines, the rate at which a plain copy would move weights and cache. "
-        "Random weights in each model's shapes, but for the demo; int4 in groups of 128 where that fits, or 64."
+        "Random weights in each model's shapes, but for the demo."
     )
 
     def table(groups: dict[tuple[Any, ...], Group]) -> str:
@@ -396,15 +396,16 @@ def decode(on_cpu: bool = False) -> str:
                 str(batch),
                 str(context),
                 embedding,
+                str(group_size),
                 *decode_rates(group, columns),
                 times_floating(fastest(group, int4=True), group),
                 " / ".join(f"{100 * fastest(group, int4)['share_of_roofline']:.0f}%" for int4 in (False, True)),
             ]
-            for (model, batch, context, embedding, _), group in groups.items()
+            for (model, batch, context, embedding, group_size), group in groups.items()
         ]
         names = [*(name for *_, name in columns), f"x {floating}", f"roofline, {floating} / int4"]
         rows = [row for group in groups.values() for row in group.values()]
-        return markdown(["model", "batch", "context", "embedding", *names], cells) + f"\n\n{note} {provenance(rows)}"
+        return markdown(["model", "batch", "context", "embedding", "groups", *names], cells) + f"\n\n{note} {provenance(rows)}"
 
     return "\n\n".join(table(groups) for groups in decode_groups("decode", on_cpu).values())
 
@@ -420,39 +421,42 @@ def prefill(on_cpu: bool = False) -> str:
                 model,
                 f"{batch} x {context}",
                 embedding,
+                str(group_size),
                 *decode_rates(group, columns),
                 " / ".join(times_floating(row, group) for (weights, _), row in group.items() if weights == "int4"),
             ]
-            for (model, batch, context, embedding, _), group in groups.items()
+            for (model, batch, context, embedding, group_size), group in groups.items()
         ]
         names = [*(name.removesuffix(" eager") for *_, name in columns), "int4 / floating point"]
         note = "Tokens a second, with the loss of every token."
         rows = [row for group in groups.values() for row in group.values()]
-        return markdown(["model", "tokens", "embedding", *names], cells) + f"\n\n{note} {provenance(rows)}"
+        return markdown(["model", "tokens", "embedding", "groups", *names], cells) + f"\n\n{note} {provenance(rows)}"
 
     return "\n\n".join(table(groups) for groups in decode_groups("prefill", on_cpu).values())
 
 
 def decode_bytes() -> str:
-    """Bytes in memory of each model's weights, and of its int4 ones relative to FP16's, by embedding."""
+    """Bytes in memory of each model's weights, and of its int4 ones relative to FP16's, by group size and embedding."""
     rows = [row for row in read("decode") if not row["gpu"].startswith("cpu")]
     fp16 = {row["model"]: row["weight_bytes"] for row in rows if row["weights"] == "fp16"}
-    int4 = {(row["model"], row["embedding"]): row for row in rows if row["weights"] == "int4"}
-    embeddings = [name for name in ("fp16", "int8", "int4") if any(embedding == name for _, embedding in int4)]
+    int4 = {(row["model"], row["group_size"], row["embedding"]): row for row in rows if row["weights"] == "int4"}
+    embeddings = [name for name in ("fp16", "int8", "int4") if any(name == embedding for *_, embedding in int4)]
 
-    def cell(model: str, embedding: str) -> str:
+    def cell(model: str, group_size: int, embedding: str) -> str:
         """An int4 model's bytes."""
-        if (model, embedding) not in int4:
+        if (model, group_size, embedding) not in int4:
             return "-"
-        row = int4[model, embedding]
+        row = int4[model, group_size, embedding]
         return f"{row['weight_bytes'] / 1e6:,.1f} MB ({row['weight_bytes'] / fp16[model]:.3f}x)"
 
-    cells = [[model, f"{fp16[model] / 1e6:,.1f} MB", *(cell(model, name) for name in embeddings)] for model in fp16]
-    note = (
-        "All weights in GPU memory: codes, scales, zeros, embeddings, norms and biases (and times FP16's); in groups "
-        "of 128 where that fits, or 64."
-    )
-    return markdown(["model", "FP16", *(f"int4, embedding {name}" for name in embeddings)], cells) + f"\n\n{note}"
+    lines = dict.fromkeys((model, group_size) for model, group_size, _ in int4)
+    cells = [
+        [model, f"{fp16[model] / 1e6:,.1f} MB", str(size), *(cell(model, size, name) for name in embeddings)]
+        for model, size in lines
+    ]
+    note = "All weights in GPU memory: codes, scales, zeros, embeddings, norms and biases (and times FP16's)."
+    header = ["model", "FP16", "groups", *(f"int4, embedding {name}" for name in embeddings)]
+    return markdown(header, cells) + f"\n\n{note}"
 
 
 def source(rows: list[dict[str, Any]]) -> str:

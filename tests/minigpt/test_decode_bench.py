@@ -350,15 +350,15 @@ def cells(table, first):
 
 def test_tables(readme):
     table = readme.TABLES["decode"]()
-    assert cells(table, "| model")[0][4:9] == ["FP16 eager", "FP16 compiled", "int4 captured", "int4 fused", "x FP16"]
+    assert cells(table, "| model")[0][5:10] == ["FP16 eager", "FP16 compiled", "int4 captured", "int4 fused", "x FP16"]
     small = cells(table, "| small")
     assert [line[1:3] for line in small] == [["1", "128"], ["1", "1024"], ["8", "128"], ["8", "1024"]]
-    assert small[2][3:] == ["int8", "800", "8,000", "16,000", "32,000", "4.00x", "1% / 4%"]
+    assert small[2][3:] == ["int8", "128", "800", "8,000", "16,000", "32,000", "4.00x", "1% / 4%"]
     assert "Some GPU, torch 2, Triton 3, today; `python it`" in table
     assert cells(readme.TABLES["prefill"](), "| large") == [
-        ["large", "8 x 1024", "int8", "5,000", "6,000", "7,500", "1.20x / 1.50x"]
+        ["large", "8 x 1024", "int8", "128", "5,000", "6,000", "7,500", "1.20x / 1.50x"]
     ]
-    assert cells(readme.TABLES["decode-bytes"](), "| small") == [["small", "100.0 MB", "30.0 MB (0.300x)"]]
+    assert cells(readme.TABLES["decode-bytes"](), "| small") == [["small", "100.0 MB", "128", "30.0 MB (0.300x)"]]
     assert readme.TABLES["decode-cpu"]() == ""
 
 
@@ -369,7 +369,20 @@ def test_tables_tell_gpus_apart(readme, made_up):
     table = readme.TABLES["decode"]()
     assert len(cells(table, "| small")) == 8 and "Other GPU" in table and "BF16" not in table
     on_cpu = readme.TABLES["decode-cpu"]()
-    assert cells(on_cpu, "| small")[0][4:7] == ["1,000", "2,000", "2.00x"] and "BF16" in on_cpu
+    assert cells(on_cpu, "| small")[0][5:8] == ["1,000", "2,000", "2.00x"] and "BF16" in on_cpu
+
+
+def test_tables_tell_group_sizes_apart(readme, made_up):
+    """Each has a line of its own, beside the same measurements in floating point."""
+    made_up += [row | {"group_size": 320, "weight_bytes": 25e6, "tokens_per_second": 2 * row["tokens_per_second"]}
+                for row in made_up if row["weights"] == "int4"]  # fmt: skip
+    lines = cells(readme.TABLES["decode"](), "| small")
+    assert [line[4] for line in lines] == ["128", "320"] * 4
+    assert [line[5:7] for line in lines[::2]] == [line[5:7] for line in lines[1::2]]
+    assert [line[9] for line in lines[:2]] == ["4.00x", "8.00x"]
+    assert [line[3] for line in cells(readme.TABLES["prefill"](), "| small")] == ["128", "320"]
+    sizes = cells(readme.TABLES["decode-bytes"](), "| small")
+    assert [line[2:] for line in sizes] == [["128", "30.0 MB (0.300x)"], ["320", "25.0 MB (0.250x)"]]
 
 
 def test_the_plot_of_decode(made_up):
