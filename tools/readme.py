@@ -405,7 +405,8 @@ def decode(on_cpu: bool = False) -> str:
         ]
         names = [*(name for *_, name in columns), f"x {floating}", f"roofline, {floating} / int4"]
         rows = [row for group in groups.values() for row in group.values()]
-        return markdown(["model", "batch", "context", "embedding", "groups", *names], cells) + f"\n\n{note} {provenance(rows)}"
+        header = ["model", "batch", "context", "embedding", "groups", *names]
+        return markdown(header, cells) + f"\n\n{note} {provenance(rows)}"
 
     return "\n\n".join(table(groups) for groups in decode_groups("decode", on_cpu).values())
 
