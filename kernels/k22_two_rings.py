@@ -99,8 +99,8 @@ whole block: rings of 8 and 32 steps had 48 of them, half a microsecond before t
 
 NEXT. For 16 tokens, lesson 17's instruction on this lesson's rings. Two programs of a cluster that share x's tiles
 ("multicast") would halve what comes from the L2 cache: Triton 3.6 has no word for it, 3.7 has. EXERCISE. Of the 84
-instructions, 16 take the zeros away. Let the codes be 1024 + code in the product, and subtract 1024 + zero times the sum
-of x from the result. How many digits does that cost, and whose?
+instructions, 16 take the zeros away. Let the codes be 1024 + code in the product, and subtract 1024 + zero times the
+sum of x from the result. How many digits does that cost, and whose?
 """
 
 from collections.abc import Iterator
