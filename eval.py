@@ -173,7 +173,7 @@ def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[s
     context_length = model.config.n_positions if args.context_length is None else args.context_length
     stride = context_length if args.stride is None else args.stride
     evaluate.check_windows(model, context_length, stride)
-    prompt = max(1, min(32, n_tokens, model.config.n_positions // 4))
+    prompt = min(32, n_tokens, model.config.n_positions // 4)
     return {
         "model": args.model,
         "shape": dataclasses.asdict(model.config),

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import torch
 
-from minigpt import checkpoint
+from minigpt import arguments, checkpoint
 from minigpt.device import add_device_argument, check_device
 from minigpt.errors import UserError, run_script
-from minigpt.generate import seed as read_seed
 from minigpt.model import GPT
 from minigpt.quantization import gptq_format
 from minigpt.quantization.calibration import Calibration, load_calibrations
@@ -66,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="checkpoint folder to write (default: checkpoints/MODEL-int4)")
     add_calibration_arguments(parser)
-    parser.add_argument("--seed", type=read_seed, help="which windows of it (default: 0)")
+    parser.add_argument("--seed", type=arguments.seed, help="which windows of it (default: 0)")
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)

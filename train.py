@@ -27,12 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from minigpt import checkpoint, data
+from minigpt import arguments, checkpoint, data
 from minigpt.config import PRESETS
 from minigpt.device import add_device_argument, check_device, describe_device
 from minigpt.errors import UserError, run_script
 from minigpt.files import write_json
-from minigpt.generate import generate, seed
+from minigpt.generate import generate
 from minigpt.model import GPT
 from minigpt.sampling import Sampling
 from minigpt.tokenizer import FILE_NAME, encode, gpt2_tokenizer, read_tokenizer
@@ -44,7 +44,9 @@ def parse_args() -> argparse.Namespace:
     """The settings. Defaults train the demo model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="demo", help="the model's shape (default: demo)")
-    parser.add_argument("--dataset", default="demo", help="demo, wikitext-2, wikitext-103, a text file or a folder")
+    parser.add_argument(
+        "--dataset", default="demo", help="demo, wikitext-2, wikitext-103, a text file or folder, c4, OWNER/NAME"
+    )
     parser.add_argument("--output", type=Path, help="checkpoint folder (default: checkpoints/PRESET-trained)")
     parser.add_argument("--steps", type=int, default=4000, help="updates of the weights")
     parser.add_argument("--batch-size", type=int, default=32, help="sequences that are computed at once")
@@ -52,10 +54,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak, after the warm-up")
     parser.add_argument("--warmup", type=int, default=200, help="steps in which the learning rate rises from 0")
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices; biases and gains have none")
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (inf: any)")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--eval-every", type=int, default=200, help="steps between validations")
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=arguments.seed, default=0)
     add_device_argument(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
     args = parser.parse_args()
@@ -65,9 +67,11 @@ def parse_args() -> argparse.Namespace:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout is {args.dropout}, it must be at least 0 and less than 1")
-    for name in ("learning_rate", "weight_decay", "clip", "warmup"):
+    for name in ("learning_rate", "weight_decay", "warmup"):
         if not 0 <= getattr(args, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be 0 or more")
+    if not args.clip > 0:
+        raise UserError(f"--clip is {args.clip}, it must be more than 0 (inf: never clip)")
     args.output = args.output or Path("checkpoints") / f"{args.preset}-trained"
     checkpoint.check_output(args.output)
     return args
@@ -75,11 +79,11 @@ def parse_args() -> argparse.Namespace:
 
 def load_splits(dataset: str) -> tuple[str, str]:
     """Training and validation text; of a file or folder the last twentieth is for validation."""
-    if dataset in ("demo", "c4", *data.WIKITEXT):
-        return data.load_text(dataset, "train"), data.load_text(dataset, "validation")
-    text = data.load_text(dataset)
-    cut = len(text) * 19 // 20
-    return text[:cut], text[cut:]
+    if data.is_path(dataset):
+        text = data.load_text(dataset)
+        cut = len(text) * 19 // 20
+        return text[:cut], text[cut:]
+    return data.load_text(dataset, "train"), data.load_text(dataset, "validation")
 
 
 def learning_rate(step: int, args: argparse.Namespace) -> float:
@@ -134,7 +138,7 @@ def record(
         "settings": settings,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_tokens": n_tokens,
-        "tokens_seen": args.steps * args.accumulate * args.batch_size * model.config.n_positions,
+        "tokens_seen": losses[-1]["step"] * args.accumulate * args.batch_size * model.config.n_positions,
         "seconds": round(seconds, 1),
         "python": platform.python_version(),
         "torch": torch.__version__,

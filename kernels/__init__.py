@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 # `python -m kernels.k00_reference` finds that module imported already, by the next line. That is as it should be.
 warnings.filterwarnings("ignore", message="'kernels.k00_reference' found in sys.modules", category=RuntimeWarning)
 
-from kernels.cpu import CPUWeight, prepare_for_cpu  # noqa: E402
+from kernels.cpu import CPUWeight, exact_on_cpu, prepare_for_cpu  # noqa: E402
 from kernels.front_door import dequantize, matmul, matmul_int8, quantize  # noqa: E402
 from kernels.fused import (  # noqa: E402
     add_matmul,
@@ -32,6 +32,8 @@ from kernels.fused import (  # noqa: E402
 )
 from kernels.int8 import Int8Weight, dequantize_int8, quantize_int8  # noqa: E402
 from kernels.k00_reference import (  # noqa: E402
+    MAX_CODE,
+    MAX_SCALE,
     QuantizedWeight,
     choose_scales,
     encode,
@@ -39,12 +41,15 @@ from kernels.k00_reference import (  # noqa: E402
     pack,
     pack_weight,
     unpack,
+    unpack_weight,
 )
 from kernels.lookup import lookup  # noqa: E402
 from kernels.prepared import PreparedWeight, prepare, restore  # noqa: E402
 from kernels.stream import FoldedNorm, Layers, Linears, Mail, Parts, Stream, fold_norm  # noqa: E402
 
 __all__ = [
+    "MAX_CODE",
+    "MAX_SCALE",
     "CPUWeight",
     "FoldedNorm",
     "Int8Weight",
@@ -66,6 +71,7 @@ __all__ = [
     "dequantize_int8",
     "embed",
     "encode",
+    "exact_on_cpu",
     "fold_norm",
     "group_sizes",
     "lookup",
@@ -82,4 +88,5 @@ __all__ = [
     "restore",
     "score",
     "unpack",
+    "unpack_weight",
 ]

@@ -46,9 +46,8 @@ def ours(weight: QuantizedWeight, activation_bits: int) -> Runner:
 
 def unpacked(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """What other people's packers start from: codes uint8 [N, K]; scales fp16, zeros fp16 [N, K/group_size]."""
-    codes = kernels.unpack(weight.qweight, weight.in_features).t()
-    zeros = kernels.unpack(weight.qzeros.t(), weight.out_features)
-    return codes.to(torch.uint8).contiguous(), weight.scales.t().contiguous(), zeros.half()
+    codes, scales, zeros = kernels.unpack_weight(weight)
+    return codes.to(torch.uint8).contiguous(), scales.contiguous(), zeros.half()
 
 
 def torch_int4(weight: QuantizedWeight) -> Runner:

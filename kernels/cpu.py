@@ -4,9 +4,10 @@ Two of them, where torch has them for this CPU; elsewhere the references serve.
 
 **int4**: `_weight_int4pack_mm_for_cpu` reads codes in an order of its own, made once by
 `_convert_weight_to_int4pack_for_cpu`. It takes groups of 32, 64, 128 or 256, rows in sixteens, and adds up in float32;
-but x, scales and result are bfloat16, so the result is off by some 0.3%, as a bfloat16 model's is. (It takes float32
-and float16, too: fifty times slower.) It unpacks a weight for every few tokens. For many, a CPU that multiplies
-bfloat16 has it written out once instead, for torch's own matmul: a prompt is read twice as fast so.
+but x, scales and result are bfloat16, so the result is off by some 0.3%, as a bfloat16 model's is: good enough to write
+with, and not to measure with (`exact_on_cpu`). (It takes float32 and float16, too: fifty times slower.) It unpacks a
+weight for every few tokens. For many, a CPU that multiplies bfloat16 has it written out once instead, for torch's own
+matmul: a prompt is read twice as fast so.
 
 **int8**: `_int_mm` multiplies int8 by int8 and adds up in int32, exactly. So that x loses nothing to speak of either,
 it goes in as two digits of 7 bits:
@@ -19,7 +20,9 @@ That is two products for one. Of many tokens in bfloat16, a CPU that multiplies 
 a few rows at a time: for GPT-2's vocabulary and 1024 tokens in 290 milliseconds and not in 703 (results/attempts.json).
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -27,12 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.int8 import CHUNK, Int8Weight
-from kernels.k00_reference import QuantizedWeight, unpack
+from kernels.k00_reference import QuantizedWeight, unpack, unpack_weight
 
 GROUP_SIZES = (32, 64, 128, 256)
 ROWS = 16  # rows come in multiples of this; missing ones are added, and their results dropped
-# Tokens that are multiplied in bfloat16 whatever dtype they have: a prompt holds no more. More than these, in float32
-# or float16, belong to a text that is to be scored: they get the weight written out in their own dtype, exactly.
+# Of more, torch's kernel would unpack each weight too often. They have it written out, if need be in their own dtype.
 MOST_TOKENS = 1024
 # From here on the weight is written out in bfloat16, where that is multiplied natively. Measured for a weight of 3072 x
 # 768 on one core of an AMD EPYC (results/attempts.json): written out in 2.0 ms; the product takes 3.5 ms with 128
@@ -93,10 +95,9 @@ def prepare_for_cpu(weight: QuantizedWeight) -> QuantizedWeight | CPUWeight:
 
 def _pack(weight: QuantizedWeight) -> CPUWeight:
     missing = -weight.out_features % ROWS
-    codes = unpack(weight.qweight, weight.in_features).t()  # [N, K]
-    zeros = unpack(weight.qzeros.t(), weight.out_features).t()  # [K/group_size, N]
-    scales = weight.scales.float()  # [K/group_size, N]
-    scale_shifts = torch.stack([scales, (8 - zeros) * scales], -1).to(torch.bfloat16)
+    codes, scales, zeros = unpack_weight(weight)
+    scales = scales.float()
+    scale_shifts = torch.stack([scales, (8 - zeros) * scales], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
     return CPUWeight(
         *weight,
         packed=torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(codes, (0, 0, 0, missing)).contiguous(), 1),
@@ -104,10 +105,29 @@ def _pack(weight: QuantizedWeight) -> CPUWeight:
     )
 
 
+_exact = False
+
+
+@contextlib.contextmanager
+def exact_on_cpu() -> Iterator[None]:
+    """Within it products with int4 weights on a CPU are made in x's own dtype, and not in bfloat16: to measure with.
+
+    What a text scores must not depend on how many of its tokens go through a model at once.
+    """
+    global _exact
+    before, _exact = _exact, True
+    try:
+        yield
+    finally:
+        _exact = before
+
+
 def serves(x: Tensor) -> bool:
     """Whether `matmul_int4` is the way to multiply such an x, floating [..., K]; else the reference is."""
     tokens = x.numel() // x.shape[-1]
-    return 0 < tokens <= MOST_TOKENS or (tokens > 0 and x.dtype == torch.bfloat16 and MULTIPLIES_BFLOAT16)
+    if tokens == 0 or (_exact and x.dtype != torch.bfloat16):
+        return False
+    return tokens <= MOST_TOKENS or MULTIPLIES_BFLOAT16
 
 
 def matmul_int4(x: Tensor, weight: CPUWeight) -> Tensor:

@@ -181,8 +181,8 @@ def matmul(
 
     On a GPU give it a prepared weight: `prepare` it once, when the model is loaded. A weight in the file's format works
     as well, but is prepared anew in each call, which takes many times as long as the product. On a CPU
-    `prepare_for_cpu` does the like; up to `cpu.MOST_TOKENS` tokens, and bfloat16 ones in any number where the CPU has
-    instructions for them, are then multiplied in bfloat16 (`kernels.cpu`).
+    `prepare_for_cpu` does the like; products are then made in bfloat16, except within `exact_on_cpu`, and of more than
+    `cpu.MOST_TOKENS` tokens where the CPU has no instructions for it (`kernels.cpu`).
 
     Args:
         x: float16, bfloat16 or float32 [..., K], on the weight's device; on a GPU float32 is served by the reference.

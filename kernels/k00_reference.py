@@ -212,6 +212,12 @@ def pack_weight(codes: Tensor, scales: Tensor, zeros: Tensor) -> QuantizedWeight
     )
 
 
+def unpack_weight(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `pack_weight`: codes int32 [N, K]; scales float16 and zeros int32, [N, K/group_size] both."""
+    codes = unpack(weight.qweight, weight.in_features).t()
+    return codes, weight.scales.t(), unpack(weight.qzeros.t(), weight.out_features)
+
+
 def quantize_reference(
     weight: Tensor, group_size: int, symmetric: bool = False, search: bool = False
 ) -> QuantizedWeight:
@@ -240,15 +246,9 @@ def quantize_reference(
 
 def dequantize_reference(weight: QuantizedWeight, dtype: torch.dtype = torch.float16) -> Tensor:
     """The weight that the codes stand for: -> `dtype` [N, K], rounded once from the exact product."""
-    codes = unpack(weight.qweight, weight.in_features).t()  # [N, K]
-    zeros = unpack(weight.qzeros.t(), weight.out_features)  # [N, K/group_size]
+    codes, scales, zeros = unpack_weight(weight)
     levels = codes.unflatten(1, (-1, weight.group_size)) - zeros[..., None]  # [N, K/group_size, group_size]
-    return (levels.float() * weight.scales.t()[..., None].float()).flatten(1).to(dtype)
-
-
-def matmul_reference(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """x @ w^T with the dequantized weight: floating [..., K] -> [..., N], in x's dtype."""
-    return torch.nn.functional.linear(x, dequantize_reference(weight, x.dtype))
+    return (levels.float() * scales[..., None].float()).flatten(1).to(dtype)
 
 
 def main() -> None:

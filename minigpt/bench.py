@@ -31,13 +31,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minigpt import bench_plots, checkpoint, evaluate
+from minigpt.arguments import at_least_1
 from minigpt.config import PRESETS, GPTConfig
 from minigpt.decode import COMPILER_TUNING, DecodeStep, How, StepLogits, compiled_logits, greedy_way, model_logits
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device, versions
 from minigpt.errors import UserError, run_script
 from minigpt.files import Row, check_file, merge, read_rows, write_json
 from minigpt.model import GPT, KVCache
-from minigpt.quantization.convert import check_fits, quantize_model
+from minigpt.quantization.convert import check_fits, fitting_group_sizes, quantize_model
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
 from minigpt.quantization.fused_decode import fused_step
 from minigpt.quantization.linear import Int4Linear, Int4Weight, set_activation_bits
@@ -145,7 +146,7 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def default_group_size(name: str, config: GPTConfig, asked: int | None) -> int:
+def default_group_size(config: GPTConfig, asked: int | None) -> int:
     """The group size that was asked for, or the first of GROUP_SIZES that fits.
 
     Raises:
@@ -154,10 +155,7 @@ def default_group_size(name: str, config: GPTConfig, asked: int | None) -> int:
     with torch.device("meta"):
         model = GPT(config)
     if asked is None:
-        fitting = [size for size in GROUP_SIZES if config.n_embd % size == 0]
-        if not fitting:
-            raise UserError(f"{name} cannot be int4: its n_embd {config.n_embd} is no multiple of {GROUP_SIZES[-1]}")
-        return fitting[0]
+        return next(size for size in GROUP_SIZES if size in fitting_group_sizes(model))
     check_fits(model, asked)
     return asked
 
@@ -281,7 +279,7 @@ def bench_decode(args: argparse.Namespace) -> list[Row]:
                 f"--contexts {too_long[0]} is more than {name} reads: its n_positions is {config.n_positions}"
             )
         contexts = args.contexts or [context for context in CONTEXTS if context <= config.n_positions]
-        plan.append((name, default_group_size(name, config, args.group_size), contexts or [config.n_positions]))
+        plan.append((name, default_group_size(config, args.group_size), contexts or [config.n_positions]))
     rows = read_rows("--json", args.json, IDENTITY)
     bandwidth = evaluate.copy_bandwidth(torch.device(args.device))
     print(f"{describe_device(args.device)}: {bandwidth / 1e9:,.0f} GB/s copied", flush=True)
@@ -352,7 +350,7 @@ def bench_profile(args: argparse.Namespace) -> list[Row]:
     config = config_of(args.model)
     if not 1 <= args.context <= config.n_positions:
         raise UserError(f"--context is {args.context}, it must be from 1 to {config.n_positions}")
-    group_size = default_group_size(args.model, config, args.group_size)
+    group_size = default_group_size(config, args.group_size)
     measured = []
     for subject in subjects(args.model, [arithmetic_dtype(args.device)], group_size, args.embedding, args.device):
         for how in ways(subject.labels["weights"], args.device):
@@ -373,13 +371,6 @@ def bench_profile(args: argparse.Namespace) -> list[Row]:
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
-
-
-def at_least_1(text: str) -> int:
-    """Reads a number of things."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return int(text)
 
 
 def parse_args() -> argparse.Namespace:

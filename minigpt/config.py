@@ -47,7 +47,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             value = getattr(self, name)
-            if type(value) is not int or not 1 <= value < 2**24:
+            if type(value) is not int or not 1 <= value <= 2**24:
                 raise UserError(f"config: {name} is {value!r}, it must be a whole number from 1 to 2^24")
         if type(self.layer_norm_epsilon) not in (int, float) or not 0 <= self.layer_norm_epsilon < 1:
             raise UserError(f"config: layer_norm_epsilon is {self.layer_norm_epsilon!r}, it must be a number like 1e-5")

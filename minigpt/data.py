@@ -56,7 +56,7 @@ def load_text(dataset: str, split: Split = "test") -> str:
         text = "\n\n".join(wikitext_rows(dataset, split))
     elif dataset == "demo":
         text = standard_library_text(split)
-    elif Path(dataset).exists():
+    elif is_path(dataset):
         text = _read_path(Path(dataset))
     elif dataset == "c4":
         text = hub_text(C4, "validation" if split == "test" else split, C4_REVISION)
@@ -70,6 +70,11 @@ def load_text(dataset: str, split: Split = "test") -> str:
     if not text.strip():
         raise UserError(f"dataset {dataset!r} is empty")
     return text
+
+
+def is_path(dataset: str) -> bool:
+    """Whether `load_text` would read a file or a folder: there is one, and its name is not one of the texts'."""
+    return dataset not in (*WIKITEXT, "demo") and Path(dataset).exists()
 
 
 def wikitext_rows(dataset: str, split: Split) -> list[str]:

@@ -19,7 +19,7 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from minigpt import checkpoint
+from minigpt import arguments, checkpoint
 from minigpt.decode import DecodeStep, How, StepLogits, greedy_way, model_logits, read_behind, read_prompts
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device
 from minigpt.errors import UserError, run_script
@@ -150,13 +150,6 @@ class TextStream:
         return text[:shown]
 
 
-def seed(text: str) -> int:
-    """Reads --seed: a whole number from 0 to 2^63 - 1, as torch's generators take it."""
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 2^63 - 1")
-    return int(text)
-
-
 def parse_args() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -173,7 +166,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default: 0.8)")
     parser.add_argument("--top-k", type=int, default=50, help="draw among the K best tokens (default: 50)")
     parser.add_argument("--top-p", type=float, help="draw among the best tokens whose probabilities sum to P")
-    parser.add_argument("--seed", type=seed, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="the same seed gives the same text (default: 0)")
     parser.add_argument("--stop", metavar="TEXT", help=f"end before this text (always: at {END_OF_TEXT})")
     add_device_argument(parser)
     args = parser.parse_intermixed_args()

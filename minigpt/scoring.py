@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.model import GPT
+from minigpt.quantization.linear import exact_on_cpu
 
 # How many logits are computed at once, [tokens, vocabulary] together: enough to keep a GPU busy (in float32, 256 MB),
 # and few enough for a CPU's cache (8 MB).
@@ -43,7 +44,8 @@ class Scorer:
         key = (batch.shape, skip)
         if not batch.is_cuda or key not in self.recorded:
             self.recorded[key] = None
-            return sums_of(self.models, self.outputs, batch, skip)
+            with exact_on_cpu():
+                return sums_of(self.models, self.outputs, batch, skip)
         recording = self.recorded[key] or Recording(self.models, self.outputs, batch, skip)
         self.recorded[key] = recording
         return recording.replay(batch)

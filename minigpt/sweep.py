@@ -26,16 +26,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minigpt import checkpoint, data, evaluate, plots
+from minigpt import arguments, checkpoint, data, evaluate, plots
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device, versions
 from minigpt.errors import UserError, run_script
 from minigpt.files import Row, check_file, merge, read_rows, write_json
-from minigpt.generate import seed as read_seed
 from minigpt.model import GPT
 from minigpt.peers import PEERS, check_installed
 from minigpt.plots import PEER
 from minigpt.quantization.calibration import Calibration, Draw, load_calibrations
-from minigpt.quantization.convert import WHOLE_ROW, bits_per_weight, block_linears, check_fits, read_group_size
+from minigpt.quantization.convert import (
+    WHOLE_ROW,
+    bits_per_weight,
+    check_fits,
+    fitting_group_sizes,
+    read_group_size,
+)
 from minigpt.quantization.methods import METHODS
 from minigpt.quantization.recipe import (
     KNOWN,
@@ -77,7 +82,7 @@ def parse_args() -> argparse.Namespace:
         "--group-size", nargs="+", type=read_group_size, help="(default: those of 32 64 128 row that fit the model)"
     )
     add_calibration_arguments(parser)
-    parser.add_argument("--seed", nargs="+", type=read_seed, help="which parts of it, each measured (default: 0)")
+    parser.add_argument("--seed", nargs="+", type=arguments.seed, help="which parts of it, each measured (default: 0)")
     parser.add_argument("--context-length", type=int, help="tokens in a window (default: as many as the model reads)")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: the context length)")
     parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
@@ -101,18 +106,12 @@ def fitting_sizes(model: GPT, asked: Sequence[int] | None) -> list[int]:
     """The group sizes to measure: those that were asked for, or else the usual ones that fit.
 
     Raises:
-        UserError: one that was asked for does not fit the model, or the model is int4 already.
+        UserError: one that was asked for does not fit the model, none does, or the model is int4 already.
     """
-    check_fits(model, WHOLE_ROW)
-    if asked:
-        for size in asked:
-            check_fits(model, size)
-        return list(asked)
-    return [size for size in GROUP_SIZES if size == WHOLE_ROW or _fits(model, size)]
-
-
-def _fits(model: GPT, group_size: int) -> bool:
-    return all(layer.in_features % group_size == 0 for _, layer in block_linears(model))
+    fitting = [*fitting_group_sizes(model), WHOLE_ROW]
+    for size in asked or ():
+        check_fits(model, size)
+    return list(asked) if asked else [size for size in GROUP_SIZES if size in fitting]
 
 
 def is_calibrated(method: Recipe | str) -> bool:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from conftest import ROOT
@@ -29,3 +30,5 @@ def test_commands_of_the_readme_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for script in re.findall(r"python ([\w/]+\.py)", text):
         assert (ROOT / script).exists(), script
+    for module in re.findall(r"python3? -m ((?:minigpt|kernels)[\w.]*)", text):
+        assert find_spec(module), module

@@ -1,6 +1,7 @@
 """The commands that users type, as they type them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -320,18 +321,46 @@ class TestTrain:
         output = must_work(run(tmp_path, "train.py", "--preset", "tiny", "--dataset", "text.txt", "--steps", "60",
                                "--batch-size", "8", "--warmup", "5",
                                "--eval-every", "20", "--output", "out"))  # fmt: skip
+        loaded = checkpoint.load(tmp_path / "out", torch.float32)
         record = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))
         assert [loss["step"] for loss in record["losses"]] == [20, 40, 60]
-        assert record["losses"][-1]["validation"] < 4 < record["losses"][0]["validation"] + 2
+        losses = [loss["validation"] for loss in record["losses"]]
+        assert losses[-1] < min(4, 0.6 * losses[0], math.log(loaded.config.vocab_size) - 3)
+        assert record["tokens_seen"] == 60 * 8 * loaded.config.n_positions
         assert "--steps 60" in record["command"] and record["settings"]["seed"] == 0
         assert "a sample:" in output
-        loaded = checkpoint.load(tmp_path / "out", torch.float32)
         assert loaded.config.n_embd == 128
         must_work(run(tmp_path, "quantize.py", "out"))
+
+    def test_an_unfinished_record_counts_what_has_been_seen(self, monkeypatch):
+        import argparse
+
+        import train
+
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        args = argparse.Namespace(steps=9, accumulate=2, batch_size=3, device="cpu")
+        model = GPT(GPTConfig(vocab_size=7, n_positions=5, n_embd=4, n_layer=1, n_head=2))
+        record = train.record(args, model, 1000, [{"step": 3, "train": 2.0, "validation": 2.0}], 1.0)
+        assert record["tokens_seen"] == 3 * 2 * 3 * 5
+
+    def test_splits(self, tmp_path, monkeypatch):
+        """Datasets have their own; a file has none, whatever its name."""
+        import train
+        from minigpt import data
+
+        asked = []
+        monkeypatch.setattr(data, "hub_text", lambda *arguments: asked.append(arguments[:2]) or arguments[1])
+        monkeypatch.chdir(tmp_path)
+        assert train.load_splits("owner/name") == ("train", "validation")
+        assert train.load_splits("c4") == ("train", "validation")
+        assert asked == [(name, split) for name in ("owner/name", data.C4) for split in ("train", "validation")]
+        (tmp_path / "c4").write_text("0123456789" * 10, encoding="utf-8")
+        assert [len(text) for text in train.load_splits("c4")] == [95, 5]
 
     def test_errors(self, tmp_path):
         (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
         must_fail(run(tmp_path, "train.py", "--dataset", "short.txt"), "fewer than a window")
         must_fail(run(tmp_path, "train.py", "--steps", "0"), "--steps is 0")
+        must_fail(run(tmp_path, "train.py", "--clip", "0"), "--clip is 0.0, it must be more than 0 (inf: never clip)")
         must_fail(run(tmp_path, "train.py", "--preset", "huge"), "gpt2-xl")
         assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]

@@ -29,6 +29,7 @@ from minigpt import data
 from minigpt.config import GPTConfig
 from minigpt.errors import UserError
 from minigpt.model import GPT
+from minigpt.quantization.linear import exact_on_cpu
 from minigpt.quantization.tune import n_held_back
 from minigpt.tokenizer import encode
 
@@ -89,8 +90,8 @@ def load_calibrations(
             those to watch among the others; likewise.
 
     Raises:
-        UserError: there is no such text, it is shorter than a window, or it is WikiText's test split, on which
-            perplexities are reported.
+        UserError: there is no such text, it is shorter than a window, or than two where a model is to be tuned on it,
+            or it is WikiText's test split, on which perplexities are reported.
     """
     length = config.n_positions
     if n_tokens < length:
@@ -122,15 +123,20 @@ def _calibration(
     if len(tokens) < wanted:
         warnings.append(f"the calibration text {name} has {len(tokens):,} tokens, fewer than the {wanted:,} asked for")
     n_windows = max(1, min(wanted, len(tokens)) // length)
+    if n_tuning_windows and n_windows < 2:
+        raise UserError(
+            f"--calibration {name}: the text has {len(tokens):,} tokens; tuning needs at least 2 windows of {length}, "
+            "one to learn from and one to be tested on"
+        )
     generator = torch.Generator().manual_seed(seed)
-    if n_tuning_windows and n_windows > 1:
+    if n_tuning_windows:
         tail = max(length, len(tokens) // HELD_BACK)
         held_back = n_held_back(n_windows)
         shown = data.random_windows(tokens[:-tail], n_windows - held_back, length, generator)
         tuning_windows = torch.cat([shown, data.random_windows(tokens[-tail:], held_back, length, generator)])
     else:
         shown = data.random_windows(tokens, n_windows, length, generator)
-        tuning_windows = shown[: n_windows if n_tuning_windows else 0]
+        tuning_windows = shown[:0]
     windows = shown[: n_tokens // length]
     widest = 4 * config.n_embd
     if windows.numel() < TOKENS_PER_INPUT * widest:
@@ -213,7 +219,8 @@ class ResidualStream:
     def advance(self, block: nn.Module) -> None:
         """Takes the stream through a block."""
         for i, chunk in enumerate(self._chunks):
-            self._chunks[i] = block(chunk.to(self._device), 0, None, self._positions, None).cpu()
+            with exact_on_cpu():
+                self._chunks[i] = block(chunk.to(self._device), 0, None, self._positions, None).cpu()
 
     def inputs_of(self, layer: nn.Module, block: nn.Module) -> Iterator[Tensor]:
         """What reaches a layer inside the next block, a chunk at a time: yields float32 [tokens, in_features]."""
@@ -231,7 +238,7 @@ class ResidualStream:
 
         hook = layer.register_forward_pre_hook(catch)
         try:
-            with contextlib.suppress(_Reached):
+            with contextlib.suppress(_Reached), exact_on_cpu():
                 block(x, 0, None, self._positions, None)
         finally:
             hook.remove()
@@ -288,7 +295,7 @@ def damp(name: str, hessian: Tensor) -> tuple[Tensor, float]:
         The damped Hessian, and how much of the mean was added. A Hessian of zeros gives the identity.
 
     Raises:
-        UserError: not even 1024 times the mean helped.
+        UserError: not even 655 times the mean helped.
     """
     mean = hessian.diagonal().mean()
     if mean <= 0:

@@ -84,17 +84,39 @@ def layer_group_size(in_features: int, group_size: int) -> int:
     return in_features if group_size == WHOLE_ROW else group_size
 
 
-def check_fits(model: GPT, group_size: int) -> None:
-    """Raises UserError if groups of `group_size` do not fit every linear layer, listing the sizes that do."""
-    widths = {layer.in_features for _, layer in block_linears(model)}
+def fitting_group_sizes(model: GPT) -> list[int]:
+    """The group sizes that fit every linear layer of the blocks, beside whole rows: ascending, at least one.
+
+    Raises:
+        UserError: there is none, or the model is int4 already.
+    """
+    widths = _widths(model)
     if not widths:
         raise UserError("this model is int4 already; quantize the fp checkpoint it was made from")
-    allowed = sorted(set.intersection(*(set(group_sizes(width)) for width in widths)))
-    if group_size not in (*allowed, WHOLE_ROW):
+    fitting = set.intersection(*(set(group_sizes(width)) for width in widths))
+    if not fitting:
+        raise UserError(
+            f"this model cannot be int4: its layers' in_features, {_listed(widths)}, are no multiples of 16"
+        )
+    return sorted(fitting)
+
+
+def check_fits(model: GPT, group_size: int) -> None:
+    """Raises UserError if groups of `group_size` do not fit every linear layer, listing the sizes that do."""
+    fitting = fitting_group_sizes(model)
+    if group_size not in (*fitting, WHOLE_ROW):
         raise UserError(
             f"--group-size {group_size} does not fit this model, whose layers have in_features "
-            f"{' and '.join(map(str, sorted(widths)))}; possible: {', '.join(map(str, allowed))}, row"
+            f"{_listed(_widths(model))}; possible: {', '.join(map(str, fitting))}, row"
         )
+
+
+def _widths(model: GPT) -> list[int]:
+    return sorted({layer.in_features for _, layer in block_linears(model)})
+
+
+def _listed(widths: list[int]) -> str:
+    return " and ".join(map(str, widths))
 
 
 def quantize_model(

@@ -31,7 +31,7 @@ from weights that have moved by then, instead of act-order: level with it.
 import torch
 from torch import Tensor
 
-from kernels import QuantizedWeight, choose_scales, encode, pack_weight
+from kernels import MAX_CODE, QuantizedWeight, choose_scales, encode, pack_weight
 
 BLOCK = 128  # inputs whose errors are spread over the inputs behind them in one matrix product
 RANGES = 32  # how many ranges of a group are tried, from the full one down to half of it
@@ -56,7 +56,7 @@ def gptq(weight: Tensor, group_size: int, hessian: Tensor) -> QuantizedWeight:
         end = min(begin + BLOCK, len(order))
         errors = torch.empty_like(rest[begin:end])  # [BLOCK, N]
         for j in range(begin, end):
-            codes[j] = (rest[j] / steps[j] + middles[j]).round().clamp(0, 15)
+            codes[j] = (rest[j] / steps[j] + middles[j]).round().clamp(0, MAX_CODE)
             errors[j - begin] = (rest[j] - (codes[j] - middles[j]) * steps[j]) / factor[j, j]
             rest[j + 1 : end] -= torch.outer(factor[j, j + 1 : end], errors[j - begin])
         rest[end:] -= factor[begin:end, end:].t() @ errors

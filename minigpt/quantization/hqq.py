@@ -19,7 +19,7 @@ results/quantizers.json.)
 import torch
 from torch import Tensor
 
-from kernels import QuantizedWeight, encode, pack_weight, unpack
+from kernels import MAX_CODE, QuantizedWeight, encode, pack_weight, unpack_weight
 from minigpt.quantization.rtn import mse
 
 POWER = 0.7  # p
@@ -32,7 +32,7 @@ def hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
     """Half-quadratic choice of scales and zeros: floating [out_features, in_features] -> int4."""
     groups = weight.float().unflatten(1, (-1, group_size))  # [N, G, g]
     start = mse(weight, group_size)
-    scales, zeros = start.scales.t(), unpack(start.qzeros.t(), len(weight))  # [N, G] each
+    _, scales, zeros = unpack_weight(start)  # [N, G] each
     best_scales, best_zeros = scales, zeros
     best_loss = largest_at_start = torch.full_like(scales, torch.inf, dtype=torch.float32)  # [N, G]
     unit = scales[..., None].float()  # errors are measured in the first steps
@@ -50,7 +50,7 @@ def hqq(weight: Tensor, group_size: int) -> QuantizedWeight:
         best_zeros = torch.where(better, zeros, best_zeros)
         targets = groups - shrink(errors, beta) * unit
         scales = fit_scales(targets, levels, scales)
-        zeros = (codes - targets / scales[..., None].float()).mean(-1).round().clamp(0, 15).int()
+        zeros = (codes - targets / scales[..., None].float()).mean(-1).round().clamp(0, MAX_CODE).int()
         beta *= BETA_GROWTH
     codes = encode(groups, best_scales, best_zeros).flatten(1)
     return pack_weight(codes, best_scales, best_zeros)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import CPUWeight, PreparedWeight, QuantizedWeight
+from kernels import exact_on_cpu as exact_on_cpu  # for those who measure, and know layers but no kernels
 
 FILE_BUFFERS = ("qweight", "scales", "qzeros")  # of a QuantizedWeight
 PREPARED_BUFFERS = ("codes", "scale_zeros", "row_scales")  # of a PreparedWeight
@@ -152,7 +153,7 @@ def describe_path(model: nn.Module) -> str:
     """What multiplies a model's int4 weights: its own kernels, torch's, or the reference. Empty if it has none."""
     paths = {
         PreparedWeight: "Triton kernels",
-        CPUWeight: "torch's CPU kernel",
+        CPUWeight: "torch's CPU kernel, in bfloat16",
         QuantizedWeight: "plain torch",
     }
     taken = {paths[type(module.held)] for module in model.modules() if isinstance(module, Int4Linear)}

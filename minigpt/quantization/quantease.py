@@ -17,18 +17,17 @@ MEASURED as in gptq.py: scales chosen by blocks of H, the KL divergence falls fr
 import torch
 from torch import Tensor
 
-from kernels import QuantizedWeight, pack_weight, unpack
+from kernels import MAX_CODE, MAX_SCALE, QuantizedWeight, pack_weight, unpack_weight
 from minigpt.quantization.gptq import BLOCK, gptq
 
 TURNS = 3  # of fitting and sweeping; each further one gains a tenth of what the one before did
-MAX_SCALE = 4364.0  # 15 steps of it do not overflow float16 (`kernels.k00_reference`)
 
 
 def quantease(weight: Tensor, group_size: int, hessian: Tensor) -> QuantizedWeight:
     """Chooses the codes of a weight so that the layer's outputs change little; arguments are those of `gptq`."""
     start = gptq(weight, group_size, hessian)
-    codes = unpack(start.qweight, start.in_features).t().float()  # [N, K]
-    scales, zeros = start.scales.t(), unpack(start.qzeros.t(), start.out_features)  # [N, G] each
+    codes, scales, zeros = unpack_weight(start)  # [N, K], and [N, G] each
+    codes = codes.float()
     goal, hessian = weight.float(), hessian.float()
     for _ in range(TURNS):
         levels = codes - zeros.repeat_interleave(group_size, dim=1)  # [N, K]
@@ -58,7 +57,7 @@ def sweep(codes: Tensor, scales: Tensor, zeros: Tensor, goal: Tensor, hessian: T
         pull = hessian[begin:end] @ error  # [BLOCK, N]: half the slope of the loss, downwards
         for j in range(begin, end):
             lowest = codes[j] + pull[j - begin] / hessian[j, j] / steps[j]
-            moved = lowest.round().clamp(0, 15) - codes[j]
+            moved = lowest.round().clamp(0, MAX_CODE) - codes[j]
             codes[j] += moved
             error[j] -= moved * steps[j]
             pull[j - begin + 1 :] -= torch.outer(hessian[j, j + 1 : end], moved * steps[j])

@@ -57,7 +57,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import QuantizedWeight, pack, unpack
+from kernels import MAX_CODE, pack_weight, unpack_weight
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization.linear import Int4Linear
@@ -73,7 +73,6 @@ EPSILON = 1e-12  # far below a position's gradient, which in a model of a hundre
 WARMUP = 0.05  # share of the steps in which the rates rise
 VALIDATIONS = 10  # how often the held-back windows are looked at
 MAX_HELD_BACK = 32  # windows
-MAX_CODE = 15
 EMBEDDINGS = ("wte", "wpe", "lm_head")  # what is not tuned
 EDGE = 0.45  # how far from a code its position may start; at 0.5 begins the next one's cell
 
@@ -118,10 +117,8 @@ class TunableInt4Linear(nn.Module):
         super().__init__()
         self.start_scales: Tensor
         self.zeros: Tensor
-        packed = layer.weight
-        scales = packed.scales.t().float()  # [N, K/group_size]
-        zeros = unpack(packed.qzeros.t(), layer.out_features).float()  # [N, K/group_size]
-        codes = unpack(packed.qweight, layer.in_features).t().unflatten(1, (-1, layer.group_size)).float()
+        codes, scales, zeros = (each.float() for each in unpack_weight(layer.weight))
+        codes = codes.unflatten(1, (-1, layer.group_size))  # [N, K/group_size, group_size]
         exact = weight.detach().float().view_as(codes) / scales[..., None] + zeros[..., None]
         self.position = nn.Parameter(exact.clamp(codes - EDGE, codes + EDGE))
         self.stretch = nn.Parameter(torch.ones_like(scales))
@@ -146,12 +143,7 @@ class TunableInt4Linear(nn.Module):
     @torch.no_grad()
     def to_int4(self) -> Int4Linear:
         """The layer packed again."""
-        packed = QuantizedWeight(
-            qweight=pack(self.codes().to(torch.int32).flatten(1).t()),  # [K/8, N]
-            scales=self.scales().half().t().contiguous(),  # [K/group_size, N]
-            qzeros=pack(self.zeros.to(torch.int32)).t().contiguous(),  # [K/group_size, ceil(N/8)]
-        )
-        return Int4Linear(packed, self.bias.half())
+        return Int4Linear(pack_weight(self.codes().flatten(1), self.scales().half(), self.zeros), self.bias.half())
 
 
 def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
@@ -176,14 +168,12 @@ def tune(
         seed: for the order of the windows.
 
     Raises:
-        UserError: steps is less than 1, there is only one window, or the divergence is NaN or infinite.
+        UserError: steps is less than 1, or the divergence is NaN or infinite.
+        ValueError: there is only one window.
     """
     check_steps(steps)
     if len(windows) < 2:
-        raise UserError(
-            f"tuning needs at least 2 windows of {windows.shape[1]} tokens, one of them to validate on, and the "
-            f"calibration text has {len(windows)}: give a longer --calibration text"
-        )
+        raise ValueError(f"tuning needs at least 2 windows, one of them to validate on; there is {len(windows)}")
     windows = windows.to(model.wte.weight.device)
     cut = len(windows) - n_held_back(len(windows))
     training, held_back = windows[:cut], windows[cut:]  # the first ones, methods may have seen

@@ -36,7 +36,7 @@ noise.
 import torch
 from torch import Tensor
 
-from kernels import QuantizedWeight, pack_weight, unpack
+from kernels import MAX_CODE, QuantizedWeight, pack_weight, unpack_weight
 from minigpt.quantization.quantease import quantease
 
 SWEEPS = 3  # through all diagonals; each further one changes half as many codes as the one before
@@ -51,8 +51,8 @@ def yaqa(weight: Tensor, group_size: int, hessian: Tensor, fisher: Tensor) -> Qu
         fisher: E[g g^T] over the layer's outputs, float32 [out_features, out_features], on any device.
     """
     start = quantease(weight, group_size, hessian)
-    codes = unpack(start.qweight, start.in_features).t().float()  # [N, K]
-    scales, zeros = start.scales.t(), unpack(start.qzeros.t(), start.out_features)  # [N, G] each
+    codes, scales, zeros = unpack_weight(start)  # [N, K], and [N, G] each
+    codes = codes.float()
     fisher = damp(fisher.to(weight.device))
     for _ in range(SWEEPS):
         codes = sweep(codes, scales, zeros, weight.float(), hessian.float(), fisher)
@@ -89,7 +89,7 @@ def sweep(codes: Tensor, scales: Tensor, zeros: Tensor, goal: Tensor, hessian: T
         slope = torch.linalg.vecdot(fisher[n], pull[k])
         curvature = fisher[n, n] * hessian[k, k]  # [length, length], of each weight with each
         lowest = code + slope / (curvature.diagonal() * step)
-        moves = (lowest.round().clamp(0, 15) - code) * step
+        moves = (lowest.round().clamp(0, MAX_CODE) - code) * step
         if slope @ moves < moves @ (curvature @ moves) / 2:  # together they lose
             moves *= worth_making(moves, slope, curvature)
         code += (moves / step).round()

@@ -44,10 +44,14 @@ def test_many_tokens_and_8_bit_activations_go_the_exact_way(monkeypatch):
     packed = kernels.quantize(torch.randn(24, 64), 32)
     weight = kernels.prepare_for_cpu(packed)
     monkeypatch.setattr(cpu, "MOST_TOKENS", 3)
+    monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", False)
     x = torch.randn(4, 64)
     assert torch.equal(kernels.matmul(x, weight), kernels.matmul(x, packed))
     assert not torch.equal(kernels.matmul(x[:3], weight), kernels.matmul(x[:3], packed))
     assert torch.equal(kernels.matmul(x[:3], weight, None, 8), kernels.matmul(x[:3], packed, None, 8))
+    with kernels.exact_on_cpu():
+        assert torch.equal(kernels.matmul(x[:3], weight), kernels.matmul(x[:3], packed))
+    assert not torch.equal(kernels.matmul(x[:3], weight), kernels.matmul(x[:3], packed))
     assert kernels.matmul(x[:0], weight).shape == (0, 24)
 
 
@@ -61,10 +65,12 @@ def test_writing_out_in_bfloat16(n, k, group_size, symmetric):
 
 
 @needs_kernel
-def test_with_bfloat16_units_any_number_of_bfloat16_tokens_is_taken(monkeypatch):
+def test_with_bfloat16_units_any_number_of_tokens_is_taken(monkeypatch):
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", True)
     x = torch.randn(cpu.MOST_TOKENS + 1, 32)
-    assert cpu.serves(x.bfloat16()) and not cpu.serves(x) and not cpu.serves(x[:0].bfloat16())
+    assert cpu.serves(x.bfloat16()) and cpu.serves(x) and not cpu.serves(x[:0].bfloat16())
+    with cpu.exact_on_cpu():
+        assert cpu.serves(x.bfloat16()) and not cpu.serves(x) and not cpu.serves(x.half()[1:])
     monkeypatch.setattr(cpu, "MULTIPLIES_BFLOAT16", False)
     assert not cpu.serves(x.bfloat16()) and cpu.serves(x[1:])
 

@@ -7,10 +7,11 @@ from kernels.k00_reference import (
     MAX_SCALE,
     dequantize_reference,
     group_sizes,
-    matmul_reference,
     pack,
+    pack_weight,
     quantize_reference,
     unpack,
+    unpack_weight,
 )
 
 
@@ -113,11 +114,12 @@ def test_extreme_weights_stay_finite(symmetric, search, dtype):
     assert constant.abs().max() <= 0.37 / 15  # within a step
 
 
-def test_matmul_is_the_product_with_the_dequantized_weight():
-    packed = quantize_reference(torch.randn(7, 64), 16)
-    x = torch.randn(2, 3, 64)
-    expected = torch.einsum("abk,nk->abn", x.double(), dequantize_reference(packed, torch.float32).double())
-    assert torch.allclose(matmul_reference(x, packed).double(), expected, atol=1e-5)
+@pytest.mark.parametrize(("n", "k", "group_size"), [(7, 64, 16), (16, 96, 96)])
+def test_a_weight_comes_apart_into_what_it_was_packed_from(n, k, group_size):
+    codes, zeros = torch.randint(16, (n, k)), torch.randint(16, (n, k // group_size))
+    scales = torch.randn(n, k // group_size).half()
+    parts = unpack_weight(pack_weight(codes, scales, zeros))
+    assert all(map(torch.equal, parts, (codes.int(), scales, zeros.int())))
 
 
 def test_bits_are_what_the_docstring_says():

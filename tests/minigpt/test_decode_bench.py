@@ -407,8 +407,9 @@ def test_plots_are_saved_beside_the_measurements(tmp_path, monkeypatch, made_up,
     (tmp_path / "decode.json").write_text(json.dumps(made_up), encoding="utf-8")
     (tmp_path / "profile.json").write_text(json.dumps(profile), encoding="utf-8")
     run(monkeypatch, "plots", "--folder", tmp_path)
+    printed = capsys.readouterr().out
     for name in ("decode.png", "profile.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and name in capsys.readouterr().out + name
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and name in printed
     names = [label.get_text() for label in bench_plots.draw_profile(profile).axes[0].get_yticklabels()]
     assert names == ["fp16 captured", "int4 fused"]
 

@@ -126,7 +126,7 @@ def test_on_a_cpu_a_layer_holds_the_file_and_what_torchs_kernel_reads():
     layer, other = (Int4Linear(kernels.quantize(torch.randn(40, 64), 32), torch.randn(40)) for _ in range(2))
     assert {name for name, _ in layer.named_buffers()} == {"qweight", "scales", "qzeros", "packed", "scale_shifts"}
     assert layer.state_dict().keys() == {"qweight", "scales", "qzeros", "bias"}
-    assert describe_path(layer) == "torch's CPU kernel"
+    assert describe_path(layer) == "torch's CPU kernel, in bfloat16"
     x = torch.randn(3, 64)
     for before, after in zip(layer.held, layer.half().float().held, strict=True):
         assert before.dtype == after.dtype and torch.equal(before, after)
@@ -164,6 +164,13 @@ def test_better_methods_lose_less_on_the_trained_model():
 def test_group_sizes_that_do_not_fit_are_named_with_those_that_do(model):
     with pytest.raises(UserError, match="--group-size 32 .*in_features 48 and 192; possible: 16, 48, row"):
         quantize_model(model, METHODS["mse"], 32)
+
+
+def test_a_model_whose_rows_no_group_fits():
+    model = GPT(GPTConfig(vocab_size=71, n_positions=24, n_embd=24, n_layer=1, n_head=3))
+    for size in (16, WHOLE_ROW):
+        with pytest.raises(UserError, match="cannot be int4: .* in_features, 24 and 96, are no multiples of 16"):
+            quantize_model(model, METHODS["mse"], size)
 
 
 def test_a_model_that_is_int4_already(model):

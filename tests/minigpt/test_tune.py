@@ -173,7 +173,8 @@ def test_it_never_ends_worse(reference, monkeypatch):
     before = copy.deepcopy(model)
     report = tune.tune(model, reference, text(16), steps=4)
     assert report.best_step == 0 and report.kl_after == report.kl_before and report.codes_changed == 0
-    assert torch.equal(model(text(2)[:1, :9] * 0), before(text(2)[:1, :9] * 0))
+    kept = model.state_dict()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in before.state_dict().items())
 
 
 def test_an_fp_model_stays_where_it_is(reference):
@@ -207,8 +208,8 @@ def test_a_divergence_that_is_not_finite_is_an_error_and_leaves_the_int4_model(r
         assert all(torch.equal(*pair) for pair in zip(layer.weight, before[name], strict=True))
 
 
-def test_too_little_text_is_named(reference):
-    with pytest.raises(UserError, match="at least 2 windows of 24 tokens.* has 1: give a longer --calibration text"):
+def test_one_window_is_not_enough(reference):
+    with pytest.raises(ValueError, match="tuning needs at least 2 windows.* there is 1"):
         tune.tune(quantized(reference), reference, text(1))
 
 
