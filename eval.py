@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from minigpt import checkpoint, data, evaluate
+from minigpt import arguments, checkpoint, data, evaluate
 from minigpt.decode import How, StepLogits
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device
 from minigpt.errors import UserError, run_script
@@ -30,7 +30,7 @@ from minigpt.files import check_file, write_json
 from minigpt.model import GPT
 from minigpt.quantization.convert import bits_per_weight
 from minigpt.quantization.fused_decode import fused_step
-from minigpt.quantization.linear import Int4Linear, describe_path, set_activation_bits
+from minigpt.quantization.linear import describe_path, set_activation_bits
 from minigpt.table import format_bytes, format_table
 from minigpt.tokenizer import encode, tokenizer_for
 
@@ -64,7 +64,11 @@ def parse_args() -> argparse.Namespace:
         "model", nargs="?", default="gpt2", help=f"{known}, or the path of a checkpoint (default: gpt2)"
     )
     parser.add_argument(
-        "--quantized", nargs="+", type=Path, metavar="PATH", help="int4 checkpoints (default: what quantize.py wrote)"
+        "--quantized",
+        nargs="+",
+        type=arguments.path,
+        metavar="PATH",
+        help="int4 checkpoints (default: what quantize.py wrote)",
     )
     parser.add_argument(
         "--dataset",
@@ -72,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--context-length", type=int, help="tokens in a window (default: as many as the model reads)")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: the context length)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
+    parser.add_argument("--batch-size", type=arguments.at_least_1, default=8, help="windows at once (default: 8)")
     parser.add_argument(
         "--activation-bits",
         type=int,
@@ -83,18 +87,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--compile", action="store_true", help="decode FP16 by torch.compile, on a GPU (a minute or so)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save protocol and rows")
+    parser.add_argument("--json", type=arguments.path, metavar="FILE", help="save protocol and rows")
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
     if args.compile and not args.device.startswith("cuda"):
         raise UserError(f"--compile is for a GPU, and --device is {args.device}")
-    args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
+    if args.dataset is None:
+        args.dataset = "demo" if args.model == "demo" else "wikitext-2"
     if args.json:
         check_file("--json", args.json)
     checkpoint.check_known(args.model)
+    if checkpoint.is_int4(Path(args.model)):
+        raise UserError(
+            f"{args.model} is an int4 checkpoint: give the fp one it was made from, and this as --quantized"
+        )
     if args.quantized is None:
         args.quantized = [checkpoint.default_int4_folder(args.model)]
         if not args.quantized[0].exists():
@@ -102,6 +109,8 @@ def parse_args() -> argparse.Namespace:
     for path in args.quantized:
         if not path.exists():
             raise UserError(f"--quantized {path}: no such folder")
+        if not checkpoint.is_int4(path):
+            raise UserError(f"--quantized {path} is no int4 checkpoint; quantize.py makes one")
     return args
 
 
@@ -245,10 +254,6 @@ def main() -> None:
     args = parse_args()
     path = checkpoint.resolve(args.model)
     model = checkpoint.load(path, torch.float16)
-    if any(isinstance(module, Int4Linear) for module in model.modules()):
-        raise UserError(
-            f"{args.model} is an int4 checkpoint: give the fp one it was made from, and this as --quantized"
-        )
     default = checkpoint.default_int4_folder(args.model)
     if default in args.quantized and checkpoint.holds_another_model(default, model):  # named alike, or trained since
         raise UserError(

@@ -63,12 +63,15 @@ def parse_args() -> argparse.Namespace:
         help="the token embedding and output layer: int8, int4 in groups as the rest, or fp16,\n"
         "which other tools can read (default: int8)",
     )
-    parser.add_argument("--output", type=Path, help="checkpoint folder to write (default: checkpoints/MODEL-int4)")
+    parser.add_argument(
+        "--output", type=arguments.path, help="checkpoint folder to write (default: checkpoints/MODEL-int4)"
+    )
     add_calibration_arguments(parser)
     parser.add_argument("--seed", type=arguments.seed, help="which windows of it (default: 0)")
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
+    checkpoint.check_known(args.model)
     check_calibration_arguments(args, [args.method], args.method.calibrated)
     args.seed = args.seed or 0
     return args

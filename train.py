@@ -31,6 +31,7 @@ from minigpt import arguments, checkpoint, data
 from minigpt.config import PRESETS
 from minigpt.device import add_device_argument, check_device, describe_device
 from minigpt.errors import UserError, run_script
+from minigpt.evaluate import Score
 from minigpt.files import write_json
 from minigpt.generate import generate
 from minigpt.model import GPT
@@ -47,24 +48,27 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--dataset", default="demo", help="demo, wikitext-2, wikitext-103, a text file or folder, c4, OWNER/NAME"
     )
-    parser.add_argument("--output", type=Path, help="checkpoint folder (default: checkpoints/PRESET-trained)")
-    parser.add_argument("--steps", type=int, default=4000, help="updates of the weights")
-    parser.add_argument("--batch-size", type=int, default=32, help="sequences that are computed at once")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches whose gradients add up to one update")
+    parser.add_argument("--output", type=arguments.path, help="checkpoint folder (default: checkpoints/PRESET-trained)")
+    parser.add_argument("--steps", type=arguments.at_least_1, default=4000, help="updates of the weights")
+    parser.add_argument(
+        "--batch-size", type=arguments.at_least_1, default=32, help="sequences that are computed at once"
+    )
+    parser.add_argument(
+        "--accumulate", type=arguments.at_least_1, default=1, help="batches whose gradients add up to one update"
+    )
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="its peak, after the warm-up")
-    parser.add_argument("--warmup", type=int, default=200, help="steps in which the learning rate rises from 0")
+    parser.add_argument(
+        "--warmup", type=arguments.whole, default=200, help="steps in which the learning rate rises from 0"
+    )
     parser.add_argument("--weight-decay", type=float, default=0.1, help="of matrices; biases and gains have none")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient (inf: any)")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--eval-every", type=int, default=200, help="steps between validations")
+    parser.add_argument("--eval-every", type=arguments.at_least_1, default=200, help="steps between validations")
     parser.add_argument("--seed", type=arguments.seed, default=0)
     add_device_argument(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile: a minute to start, then faster")
     args = parser.parse_args()
     check_device(args.device)
-    for name in ("steps", "batch_size", "accumulate", "eval_every"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be at least 1")
     if not 0 <= args.dropout < 1:
         raise UserError(f"--dropout is {args.dropout}, it must be at least 0 and less than 1")
     for name in ("learning_rate", "weight_decay", "warmup"):
@@ -74,6 +78,8 @@ def parse_args() -> argparse.Namespace:
         raise UserError(f"--clip is {args.clip}, it must be more than 0 (inf: never clip)")
     args.output = args.output or Path("checkpoints") / f"{args.preset}-trained"
     checkpoint.check_output(args.output)
+    if (args.output / "model.safetensors").exists():
+        raise UserError(f"--output {args.output} holds a model already; give another folder, or remove that one")
     return args
 
 
@@ -223,7 +229,8 @@ def main() -> None:
     steps = generate(model, [prompt], config.n_positions // 4, Sampling(temperature=0.8, top_k=50), args.seed)
     sample = [token for step in steps for token in step if token is not None]
     print(f"a sample:\n{tokenizer.decode(prompt + sample)}\n")
-    print(f"lowest validation loss {best:.4f} nats a token (perplexity {math.exp(best):.2f}); saved in {args.output}")
+    perplexity = Score(best, 1).perplexity
+    print(f"lowest validation loss {best:.4f} nats a token (perplexity {perplexity:.2f}); saved in {args.output}")
 
 
 if __name__ == "__main__":

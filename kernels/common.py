@@ -10,6 +10,7 @@ import datetime
 import functools
 import json
 import math
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -333,6 +334,16 @@ def run_lesson(check: Callable[[], Iterator[Check]], bench: Callable[[], list[Ro
         parser.error("--json saves what --bench measures: give both")
     if args.bench and DEVICE.type != "cuda":
         parser.error("--bench needs a GPU, and torch sees none here; --check runs everywhere")
+    try:
+        _run_lesson(args, check, bench)
+    except BrokenPipeError:  # nobody reads the output any more (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more while it exits
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run_lesson(args: argparse.Namespace, check: Callable[[], Iterator[Check]], bench: Callable[[], list[Row]]) -> None:
     if args.check or not args.bench:
         where = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "Triton's interpreter"
         results = []
@@ -350,6 +361,7 @@ def run_lesson(check: Callable[[], Iterator[Check]], bench: Callable[[], list[Ro
         print_ceilings()
         if args.json:
             save_json(args.json, [{**environment(), **row} for row in rows])
+    sys.stdout.flush()  # here, where nobody reading it is noticed
 
 
 def save_json(path: Path, content: object) -> None:

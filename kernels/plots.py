@@ -45,13 +45,18 @@ def draw_all(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if neither is there.
+        ValueError: if one is not JSON.
     """
     drawings = {folder / "matmul.json": draw_matmul, folder / "quantization.json": draw_quantization}
     found = [path for path in drawings if path.exists()]
     if not found:
         raise FileNotFoundError(f"neither {' nor '.join(map(str, drawings))} exists: measure first")
     for path in found:
-        figure = drawings[path](json.loads(path.read_text()))
+        try:
+            rows = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from error
+        figure = drawings[path](rows)
         figure.savefig(path.with_suffix(".png"), dpi=150)
     return [path.with_suffix(".png") for path in found]
 

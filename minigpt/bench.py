@@ -31,12 +31,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minigpt import bench_plots, checkpoint, evaluate
-from minigpt.arguments import at_least_1
+from minigpt.arguments import at_least_1, path
 from minigpt.config import PRESETS, GPTConfig
 from minigpt.decode import COMPILER_TUNING, DecodeStep, How, StepLogits, compiled_logits, greedy_way, model_logits
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device, versions
 from minigpt.errors import UserError, run_script
-from minigpt.files import Row, check_file, merge, read_rows, write_json
+from minigpt.files import Row, add_row, check_file, read_rows, write_json
 from minigpt.model import GPT, KVCache
 from minigpt.quantization.convert import check_fits, fitting_group_sizes, quantize_model
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
@@ -212,7 +212,7 @@ def time_decode(step_logits: StepLogits, model: GPT, batch_size: int, context: i
         for tensor in (*cache.k, *cache.v):
             torch._dynamo.mark_dynamic(tensor, 2)
     device = model.wpe.weight.device
-    tokens = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
+    tokens = torch.arange(batch_size, device=device)[:, None] % model.config.vocab_size  # [B, 1]
     positions = torch.full((batch_size, 1), context - 1, device=device)
     check_step(step_logits, model, tokens, positions, cache)
     launched: How = "eager" if how == "eager" else "captured"
@@ -280,7 +280,7 @@ def bench_decode(args: argparse.Namespace) -> list[Row]:
             )
         contexts = args.contexts or [context for context in CONTEXTS if context <= config.n_positions]
         plan.append((name, default_group_size(config, args.group_size), contexts or [config.n_positions]))
-    rows = read_rows("--json", args.json, IDENTITY)
+    read_rows("--json", args.json, IDENTITY)  # or it is no file of such measurements
     bandwidth = evaluate.copy_bandwidth(torch.device(args.device))
     print(f"{describe_device(args.device)}: {bandwidth / 1e9:,.0f} GB/s copied", flush=True)
     measured = []
@@ -292,8 +292,7 @@ def bench_decode(args: argparse.Namespace) -> list[Row]:
                 hows = [how for how in ways(subject.labels["weights"], args.device) if how in (args.how or allowed)]
                 for row in measure(subject, hows, args, contexts, bandwidth):
                     measured.append(environment(args.device) | row)
-                    rows = merge(rows, measured[-1], IDENTITY)
-                    write_json(args.json, rows)
+                    add_row("--json", args.json, measured[-1], IDENTITY)
                     bar.set_postfix_str(
                         f"{name} {row['weights']} {row['how']} {row['tokens_per_second']:,.0f} tokens/s"
                     )
@@ -347,6 +346,7 @@ def format_rates(rows: Sequence[Row]) -> str:
 
 def bench_profile(args: argparse.Namespace) -> list[Row]:
     """Where a decode step's time goes, in floating point and in int4, part by part."""
+    read_rows("--json", args.json, ("part", "microseconds"))  # or it is another command's file
     config = config_of(args.model)
     if not 1 <= args.context <= config.n_positions:
         raise UserError(f"--context is {args.context}, it must be from 1 to {config.n_positions}")
@@ -406,9 +406,9 @@ def parse_args() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
     profile.add_argument("--model", default="gpt2" if on_gpu else "demo", help=f"{known} (default here: %(default)s)")
     profile.add_argument("--batch-size", type=at_least_1, default=1, metavar="B", help="(default: 1)")
-    profile.add_argument("--context", type=int, default=512, metavar="T", help="(default: 512)")
+    profile.add_argument("--context", type=at_least_1, default=512, metavar="T", help="(default: 512)")
     for command, name in ((decode, "decode"), (profile, "profile")):
-        command.add_argument("--group-size", type=int, help="(default: the largest that fits, up to 128)")
+        command.add_argument("--group-size", type=at_least_1, help="(default: the largest that fits, up to 128)")
         command.add_argument(
             "--embedding",
             nargs="+",
@@ -417,7 +417,7 @@ def parse_args() -> argparse.Namespace:
             help=f"of int4 models (default: {CHOICES[0]})",
         )
         command.add_argument(
-            "--json", type=Path, default=Path(f"results/{name}.json"), metavar="FILE", help="(default: %(default)s)"
+            "--json", type=path, default=Path(f"results/{name}.json"), metavar="FILE", help="(default: %(default)s)"
         )
         add_device_argument(command)
     plots = commands.add_parser("plots", help="draw what the other two saved; needs matplotlib")

@@ -4,14 +4,13 @@ decode.json    tokens a second against the model's size, a panel for each batch
 profile.json   where a decode step's time goes, a bar for each way to compute it
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import UserError
-from minigpt.files import Row
+from minigpt.files import Row, read_rows
 from minigpt.step_profile import GAPS
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ def draw_all(folder: Path) -> list[Path]:
     if not found:
         raise UserError(f"--folder {folder} has neither decode.json nor profile.json; measure first")
     for path in found:
-        figure = drawings[path](json.loads(path.read_text(encoding="utf-8")))
+        figure = drawings[path](read_rows("--folder", path, ("gpu", "model", "how")))
         figure.savefig(path.with_suffix(".png"), dpi=150)
     return [path.with_suffix(".png") for path in found]
 

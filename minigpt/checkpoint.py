@@ -73,7 +73,7 @@ def resolve(model: str) -> Path:
 
 def check_known(model: str) -> None:
     """Raises UserError unless `model` is the name of a pretrained one or a path that exists."""
-    if model not in PRETRAINED and not Path(model).exists():
+    if model not in PRETRAINED and not (model and Path(model).exists()):
         raise UserError(f"unknown model {model!r}: neither one of {', '.join(PRETRAINED)} nor a path that exists")
 
 
@@ -140,7 +140,7 @@ def load(path: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> 
         if name not in tensors:
             raise UserError(f"{path}: tensor {name} is missing; is this a GPT-2 checkpoint?")
         tensor = tensors.pop(name)
-        if name.endswith(TRANSPOSED):
+        if name.endswith(TRANSPOSED) and tensor.ndim == 2:
             tensor = tensor.t()
         if tensor.shape != wanted.shape:
             raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, not {list(wanted.shape)}")
@@ -206,6 +206,8 @@ def weight_files(path: Path) -> list[Path]:
             names = {Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise UserError(f"{index}: not an index of safetensors files") from error
+        if not names:
+            raise UserError(f"{index}: not an index of safetensors files: it names none")
         return [path / name for name in sorted(names)]
     if not (path / "model.safetensors").exists():
         raise UserError(f"{path}: no model.safetensors in this folder")
@@ -215,6 +217,15 @@ def weight_files(path: Path) -> list[Path]:
 def file_bytes(path: Path) -> int:
     """Size of a checkpoint's tensors on disk, everything in: codes, scales, zeros, embeddings."""
     return sum(file.stat().st_size for file in weight_files(path))
+
+
+def is_int4(path: Path) -> bool:
+    """Whether a checkpoint's config.json says so. One that cannot be read says nothing; `load` will complain of it."""
+    try:
+        fields = json.loads((checkpoint_folder(path) / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(fields, dict) and fields.get("quantization_config") is not None
 
 
 def made_how(path: Path) -> str:
@@ -279,7 +290,7 @@ def save(
         quantization: of an int4 model, its `gptq_format.describe`.
 
     Raises:
-        UserError: a tensor has values that fp16 cannot hold.
+        UserError: a tensor has values that fp16 cannot hold, or the disk fails.
     """
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -300,7 +311,10 @@ def save(
     config = json.dumps(fields, indent=1) + "\n"
     with replace_files(folder) as temporary:
         (temporary / "config.json").write_text(config, encoding="utf-8")
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt", CONFIG_KEY: config})
+        try:
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt", CONFIG_KEY: config})
+        except SafetensorError as error:  # the library's way to say that the disk is full
+            raise UserError(f"cannot write to {folder}: {error}") from error
         if tokenizer_file:
             shutil.copyfile(tokenizer_file, temporary / TOKENIZER_FILE)
 

@@ -74,7 +74,7 @@ def load_text(dataset: str, split: Split = "test") -> str:
 
 def is_path(dataset: str) -> bool:
     """Whether `load_text` would read a file or a folder: there is one, and its name is not one of the texts'."""
-    return dataset not in (*WIKITEXT, "demo") and Path(dataset).exists()
+    return dataset not in (*WIKITEXT, "demo", "") and Path(dataset).exists()
 
 
 def wikitext_rows(dataset: str, split: Split) -> list[str]:

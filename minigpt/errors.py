@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,9 @@ def run_script(main: Callable[[], None]) -> None:
     Exit status: 2 for a `UserError`, a failing disk or too little memory; 130 for Ctrl-C. When nobody reads the output
     any more (`| head`) the script ends without a word, with status 141, as the shell reports for other programs.
     """
+    for name in ("stdout", "stderr"):  # None where whoever called has closed them
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 (open until the end)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     try:

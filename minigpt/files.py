@@ -55,7 +55,7 @@ def read_rows(flag: str, path: Path, identity: Sequence[str]) -> list[Row]:
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{flag} {path}: not JSON ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) and row.keys() >= set(identity) for row in rows):
         raise UserError(f"{flag} {path}: not a list of such measurements; give another file")
@@ -69,6 +69,15 @@ def merge(rows: Sequence[Row], row: Row, identity: Sequence[str]) -> list[Row]:
     if place not in places:
         return [*rows, row]
     return [row if other == place else old for other, old in zip(places, rows, strict=True)]
+
+
+def add_row(flag: str, path: Path, row: Row, identity: Sequence[str]) -> None:
+    """Merges a measurement into a file as it is now: another program may have added some meanwhile.
+
+    Raises:
+        UserError: as `read_rows` and `write_json`.
+    """
+    write_json(path, merge(read_rows(flag, path, identity), row, identity))
 
 
 def _is_device(path: Path) -> bool:

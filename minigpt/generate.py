@@ -173,9 +173,9 @@ def parse_args() -> argparse.Namespace:
     if not args.prompts:
         taken = f": --quantized took {args.quantized!r} as its path; put the prompt before it"
         raise UserError("no prompt is given" + (taken if isinstance(args.quantized, str) else ""))
-    for prompt in args.prompts:
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # what Python makes of other bytes
-            raise UserError(f"the prompt {ascii(prompt)} is not UTF-8 text")
+    for what, text in [*(("the prompt", prompt) for prompt in args.prompts), ("--stop", args.stop or "")]:
+        if any("\ud800" <= character <= "\udfff" for character in text):  # what Python makes of other bytes
+            raise UserError(f"{what} {ascii(text)} is not UTF-8 text")
     if args.stop == "":
         raise UserError("--stop is empty; leave it out, or give the text to stop at")
     check_device(args.device)
@@ -187,9 +187,12 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     if args.quantized is None:
         return checkpoint.resolve(args.model)
     if args.quantized is not True:
-        if not Path(args.quantized).exists():
-            raise UserError(f"--quantized {args.quantized}: no such folder")
+        if not (args.quantized and Path(args.quantized).exists()):
+            raise UserError(f"--quantized {args.quantized!r}: no such folder")
+        if not checkpoint.is_int4(Path(args.quantized)):
+            raise UserError(f"--quantized {args.quantized} is no int4 checkpoint; quantize.py makes one")
         return Path(args.quantized)
+    checkpoint.check_known(args.model)
     folder = checkpoint.default_int4_folder(args.model)
     if not folder.exists():
         raise UserError(f"no int4 checkpoint at {folder}; make it with: python quantize.py {args.model}")

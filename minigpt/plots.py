@@ -4,14 +4,13 @@ python -m minigpt.plots [FILE]      results/accuracy.json -> results/accuracy.pn
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minigpt.errors import UserError, run_script
-from minigpt.files import Row
+from minigpt.files import Row, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,7 +33,7 @@ def save_accuracy(path: Path) -> Path:
     Raises:
         UserError: there is no such file, or nothing in it.
     """
-    if not path.is_file() or not (rows := json.loads(path.read_text(encoding="utf-8"))):
+    if not (rows := read_rows("the file", path, ("method", "group_size", "bits_per_weight", "perplexity", "kl"))):
         raise UserError(f"{path}: no measurements; make them with: python -m minigpt.sweep")
     picture = path.with_suffix(".png")
     draw_accuracy(rows).savefig(picture, dpi=150)

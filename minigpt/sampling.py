@@ -58,7 +58,8 @@ class Sampling:
             best_first = logits.sort(-1, descending=True).values  # [B, V]
             p = best_first.softmax(-1)  # [B, V]
             before = p.cumsum(-1) - p  # [B, V], the sum over the better tokens: a token is needed if it is too small
-            last = best_first.masked_fill(before >= self.top_p, torch.inf).amin(-1, keepdim=True)  # [B, 1]
+            nucleus = max(self.top_p, torch.finfo(p.dtype).tiny)  # less is 0, and would leave out the best token, too
+            last = best_first.masked_fill(before >= nucleus, torch.inf).amin(-1, keepdim=True)  # [B, 1]
             logits = logits.masked_fill(logits < last, -torch.inf)
         return logits.softmax(-1)
 

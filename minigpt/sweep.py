@@ -29,7 +29,7 @@ from tqdm import tqdm
 from minigpt import arguments, checkpoint, data, evaluate, plots
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device, versions
 from minigpt.errors import UserError, run_script
-from minigpt.files import Row, check_file, merge, read_rows, write_json
+from minigpt.files import Row, add_row, check_file, read_rows
 from minigpt.model import GPT
 from minigpt.peers import PEERS, check_installed
 from minigpt.plots import PEER
@@ -59,6 +59,7 @@ IDENTITY = (
     *("model", "text", "method", "group_size", "seed", "gpu", "context_length", "stride"),
     *("calibration", "calibration_tokens", "tuning_steps"),
 )
+MEASURED = ("bits_per_weight", "perplexity", "fp16_perplexity", "kl")
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,20 +86,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", nargs="+", type=arguments.seed, help="which parts of it, each measured (default: 0)")
     parser.add_argument("--context-length", type=int, help="tokens in a window (default: as many as the model reads)")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: the context length)")
-    parser.add_argument("--batch-size", type=int, default=8, help="windows at once (default: 8)")
-    parser.add_argument("--json", type=Path, metavar="FILE", default=Path("results/accuracy.json"))
+    parser.add_argument("--batch-size", type=arguments.at_least_1, default=8, help="windows at once (default: 8)")
+    parser.add_argument("--json", type=arguments.path, metavar="FILE", default=Path("results/accuracy.json"))
     add_device_argument(parser)
     args = parser.parse_args()
     check_device(args.device)
     check_file("--json", args.json)
     for name in args.peer:
         check_installed(name)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}, it must be at least 1")
+    if not args.method and not args.peer:
+        raise UserError("--method names none, and there is no --peer: nothing to measure")
     calibrated = any(map(is_calibrated, [*args.method, *args.peer]))
     check_calibration_arguments(args, args.method, calibrated)
     args.seed = args.seed or [0]
-    args.dataset = args.dataset or ("demo" if args.model == "demo" else "wikitext-2")
+    if args.dataset is None:
+        args.dataset = "demo" if args.model == "demo" else "wikitext-2"
     return args
 
 
@@ -172,7 +174,7 @@ def short_name(name: str) -> str:
 def main() -> None:
     """Measures, writes each measurement at once, then prints a table and draws the plot."""
     args = parse_args()
-    rows = read_rows("--json", args.json, IDENTITY)
+    read_rows("--json", args.json, (*IDENTITY, *MEASURED))  # or it is no file of such measurements
     path = checkpoint.resolve(args.model)
     reference = checkpoint.load(path, torch.float16)
     sizes = fitting_sizes(reference, args.group_size)
@@ -236,8 +238,7 @@ def main() -> None:
             "command": "python -m minigpt.sweep " + shlex.join(sys.argv[1:]),
         }
         measured.append(row)
-        rows = merge(rows, row, IDENTITY)
-        write_json(args.json, rows)
+        add_row("--json", args.json, row, IDENTITY)
     print(format_measurements(measured))
     if importlib.util.find_spec("matplotlib"):
         print(f"{args.json}; {plots.save_accuracy(args.json)}")

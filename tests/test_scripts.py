@@ -128,6 +128,16 @@ def tiny_model(seed, **shape):
     return model
 
 
+def save_int4(model, folder):
+    from minigpt.quantization import gptq_format
+    from minigpt.quantization.convert import quantize_model
+    from minigpt.quantization.rtn import METHODS
+
+    list(quantize_model(model, METHODS["absmax"], 16))
+    settings = gptq_format.describe("absmax", 16, True)
+    checkpoint.save(model, folder, checkpoint.DEMO_FOLDER / "tokenizer.tiktoken", settings)
+
+
 def test_models_named_alike_are_told_apart(tmp_path, short_text):
     """x/mine and y/mine have the same default folder: neither takes the other's place unasked."""
     for seed, name in enumerate(("x", "y")):
@@ -181,9 +191,10 @@ def test_the_shortest_model_that_can_be_timed(tmp_path):
     for n_positions in (3, 4):
         folder = tmp_path / f"short{n_positions}"
         checkpoint.save(tiny_model(0, n_positions=n_positions), folder, checkpoint.DEMO_FOLDER / "tokenizer.tiktoken")
+        save_int4(tiny_model(0, n_positions=n_positions), tmp_path / f"int4-{n_positions}")
     options = ("--dataset", "text.txt", "--quantized")
-    must_fail(run(tmp_path, "eval.py", "short3", *options, "short3"), "short3 reads 3 tokens")
-    must_work(run(tmp_path, "eval.py", "short4", *options, "short4"))
+    must_fail(run(tmp_path, "eval.py", "short3", *options, "int4-3"), "short3 reads 3 tokens")
+    must_work(run(tmp_path, "eval.py", "short4", *options, "int4-4"))
 
 
 def test_bits_of_a_model_that_is_partly_int4():
@@ -236,7 +247,12 @@ class TestErrors:
         must_fail(run(tmp_path, "quantize.py", "demo", "--output", "file"), "is a file")
         must_fail(run(tmp_path, "quantize.py", "demo", "--output", "file/below"), "is a file")
         must_fail(run(tmp_path, "quantize.py", "file"), "not a whole safetensors file")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--output", ""), "--output: it is empty")
+        must_fail(run(tmp_path, "quantize.py", "demo", "--group-size", "-1"), "'-1' is neither a number of weights")
+        must_fail(run(tmp_path, "quantize.py", ""), "unknown model ''")
         assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+        (tmp_path / "loop").symlink_to("loop")
+        must_fail(run(tmp_path, "quantize.py", "loop"), "unknown model 'loop'")
 
     def test_of_eval(self, tmp_path, short_text):
         must_fail(run(tmp_path, "eval.py", "demo"), "python quantize.py demo")
@@ -248,11 +264,11 @@ class TestErrors:
         text = ("--dataset", short_text)
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--context-length", "1000"), "from 2 to 512")
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--stride", "0"), "--stride is 0")
-        must_fail(run(tmp_path, "eval.py", "demo", *text, "--batch-size", "0"), "--batch-size is 0")
+        must_fail(run(tmp_path, "eval.py", "demo", *text, "--batch-size", "0"), "--batch-size: 0 is not from 1 to")
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--json", "no/such/out.json"), "no folder no/such")
-        must_fail(
-            run(tmp_path, "eval.py", "checkpoints/demo-int4", *text, "--quantized", "checkpoints/demo-int4"), "int4"
-        )
+        must_fail(run(tmp_path, "eval.py", "checkpoints/demo-int4", *text), "give the fp one it was made from")
+        must_fail(run(tmp_path, "eval.py", "demo", "--quantized", "empty.txt"), "empty.txt is no int4 checkpoint")
+        must_fail(run(tmp_path, "eval.py", "demo", "--dataset", ""), "unknown dataset ''")
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--device", "cuda:99"), "--device cuda:99")
         must_fail(run(tmp_path, "eval.py", "demo", *text, "--compile", "--device", "cpu"), "--compile is for a GPU")
         must_fail(run(tmp_path, "eval.py", "demi", *text), "unknown model 'demi'")
@@ -272,9 +288,28 @@ class TestErrors:
 
     def test_full_disk(self, tmp_path, short_text):
         """/dev/full takes nothing: as good as a disk without space."""
-        result = run(tmp_path, "eval.py", "demo", "--quantized", checkpoint.DEMO_FOLDER, "--dataset", short_text,
-                     "--json", "/dev/full")  # fmt: skip
-        must_fail(result, "No space left on device")
+        checkpoint.save(tiny_model(0), tmp_path / "mine", checkpoint.DEMO_FOLDER / "tokenizer.tiktoken")
+        save_int4(tiny_model(0), tmp_path / "int4")
+        options = ("--quantized", "int4", "--dataset", short_text, "--json", "/dev/full")
+        must_fail(run(tmp_path, "eval.py", "mine", *options), "No space left on device")
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+    def test_a_checkpoint_that_the_disk_does_not_take(self, tmp_path):
+        """A file may grow to a megabyte: the library that writes weights has an error of its own for that."""
+        must_work(run(tmp_path, "quantize.py", "demo", "--method", "absmax"))
+        before = (tmp_path / "checkpoints" / "demo-int4" / "model.safetensors").read_bytes()
+        command = f"trap '' XFSZ; ulimit -f 1000; exec '{sys.executable}' '{ROOT / 'quantize.py'}' demo"
+        result = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        must_fail(result, "cannot write to checkpoints/demo-int4")
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["demo-int4"]
+        assert (tmp_path / "checkpoints" / "demo-int4" / "model.safetensors").read_bytes() == before
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+    def test_closed_outputs(self, tmp_path):
+        """Nobody will read a word, and the work is done all the same."""
+        command = f"'{sys.executable}' '{ROOT / 'quantize.py'}' demo --method absmax >&- 2>&-"
+        assert subprocess.run(["bash", "-c", command], cwd=tmp_path).returncode == 0
+        assert (tmp_path / "checkpoints" / "demo-int4" / "model.safetensors").exists()
 
     @pytest.mark.skipif(sys.platform == "win32", reason="signals")
     def test_interrupt(self, tmp_path):
@@ -331,6 +366,7 @@ class TestTrain:
         assert "a sample:" in output
         assert loaded.config.n_embd == 128
         must_work(run(tmp_path, "quantize.py", "out"))
+        must_fail(run(tmp_path, "train.py", "--output", "out"), "--output out holds a model already")
 
     def test_an_unfinished_record_counts_what_has_been_seen(self, monkeypatch):
         import argparse
@@ -360,7 +396,7 @@ class TestTrain:
     def test_errors(self, tmp_path):
         (tmp_path / "short.txt").write_text("too short", encoding="utf-8")
         must_fail(run(tmp_path, "train.py", "--dataset", "short.txt"), "fewer than a window")
-        must_fail(run(tmp_path, "train.py", "--steps", "0"), "--steps is 0")
+        must_fail(run(tmp_path, "train.py", "--steps", "0"), "--steps: 0 is not from 1 to")
         must_fail(run(tmp_path, "train.py", "--clip", "0"), "--clip is 0.0, it must be more than 0 (inf: never clip)")
         must_fail(run(tmp_path, "train.py", "--preset", "huge"), "gpt2-xl")
         assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]

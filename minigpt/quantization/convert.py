@@ -1,5 +1,6 @@
 """Walks a GPT and replaces the linear layers of its blocks by packed int4 ones."""
 
+import argparse
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def bits_per_weight(model: GPT) -> float:
 
 def read_group_size(text: str) -> int:
     """A group size as users give it: a number, or 'row'."""
+    if text != "row" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of weights nor 'row'")
     return WHOLE_ROW if text == "row" else int(text)
 
 

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from kernels import dequantize
+from minigpt import arguments
 from minigpt.errors import UserError
 from minigpt.model import GPT
 from minigpt.quantization import awq, tune
@@ -84,11 +85,13 @@ def add_calibration_arguments(parser: argparse.ArgumentParser) -> None:
         "or a folder (default: c4; for demo: demo, what it was trained on)",
     )
     parser.add_argument(
-        "--calibration-tokens", type=int, help=f"how much of it layers are watched on (default: {CALIBRATION_TOKENS})"
+        "--calibration-tokens",
+        type=arguments.at_least_1,
+        help=f"how much of it layers are watched on (default: {CALIBRATION_TOKENS})",
     )
     parser.add_argument(
         "--steps",
-        type=int,
+        type=arguments.at_least_1,
         help=f"of tuning, each on {tune.BATCH_SIZE} windows of the text (default: {tune.STEPS})",
     )
 
@@ -115,7 +118,8 @@ def check_calibration_arguments(args: argparse.Namespace, recipes: Sequence[Reci
         raise UserError(f"--steps is for METHOD+tune, not for {names}")
     args.steps = tune.STEPS if args.steps is None else args.steps
     tune.check_steps(args.steps)
-    args.calibration = args.calibration or ("demo" if args.model == "demo" else "c4")
+    if args.calibration is None:
+        args.calibration = "demo" if args.model == "demo" else "c4"
     args.calibration_tokens = CALIBRATION_TOKENS if args.calibration_tokens is None else args.calibration_tokens
 
 

@@ -219,6 +219,19 @@ def test_plots_without_measurements_say_so(tmp_path):
     assert result.returncode == 2 and "measure first" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_plots_of_a_broken_file_name_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "matmul.json").write_text("{", encoding="utf-8")
+    result = run("plots", "--folder", str(tmp_path))
+    assert result.returncode == 2 and "matmul.json: not JSON" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    result = run("quantization", "--json", str(tmp_path / "file" / "out.json"))
+    assert result.returncode == 2 and "--json" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_plots_without_matplotlib_say_so(monkeypatch, capsys):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["bench", "plots"])

@@ -47,6 +47,26 @@ def test_a_failing_check_fails(monkeypatch, capsys):
     assert "FAIL  bad" in capsys.readouterr().out
 
 
+def test_ctrl_c_ends_a_lesson_without_a_traceback(monkeypatch):
+    from kernels import common
+
+    def check():
+        yield "good", True
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["lesson"])
+    with pytest.raises(SystemExit) as exit_info:
+        common.run_lesson(check, list)
+    assert exit_info.value.code == 130
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a POSIX shell")
+def test_a_lesson_whose_output_nobody_reads_ends_in_silence():
+    command = f"'{sys.executable}' -m kernels.{LESSONS[1]} --check | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 141 and result.stderr == ""
+
+
 @pytest.mark.parametrize("lesson", LESSONS)
 def test_docstring_has_the_form_of_a_lesson(lesson):
     text = (ROOT / "kernels" / f"{lesson}.py").read_text(encoding="utf-8")

@@ -256,6 +256,8 @@ class TestBrokenFiles:
         name = "transformer.h.0.attn.c_attn.weight"
         edit_tensors(reference_folder, lambda tensors: tensors.update({name: tensors[name].t().contiguous()}))
         fail_to_load(reference_folder, r"h.0.attn.c_attn.weight has shape \[48, 144\], not \[144, 48\]")
+        edit_tensors(reference_folder, lambda tensors: tensors.update({name: tensors[name][None].contiguous()}))
+        fail_to_load(reference_folder, r"h.0.attn.c_attn.weight has shape \[1, 144, 48\], not \[144, 48\]")
         edit_tensors(reference_folder, lambda tensors: tensors.update({name: torch.zeros(48, 144, dtype=torch.int8)}))
         fail_to_load(reference_folder, "torch.int8")
 
@@ -391,7 +393,7 @@ def test_models_are_told_apart_by_their_embeddings(model, tmp_path):
 
 
 def test_broken_index(reference_folder):
-    for content in ("[]", "{", '{"weight_map": {"a": 1}}'):
+    for content in ("[]", "{", '{"weight_map": {"a": 1}}', '{"weight_map": {}}'):
         (reference_folder / "model.safetensors.index.json").write_text(content, encoding="utf-8")
         fail_to_load(reference_folder, "not an index of safetensors files")
 

@@ -129,10 +129,17 @@ def test_other_bad_flags(folder, monkeypatch, capsys):
         run(monkeypatch, "profile", "--model", "mine", "--context", 41, "--device", "cpu", "--json", "out.json")
     with pytest.raises(UserError, match="--folder . has neither decode.json nor profile.json"):
         run(monkeypatch, "plots", "--folder", ".")
+    Path("out.json").write_text("[1]", encoding="utf-8")
+    for command in (("profile", "--model"), ("decode", "--models")):
+        with pytest.raises(UserError, match=r"--json out\.json: not a list of such measurements"):
+            run(monkeypatch, *command, "mine", "--device", "cpu", "--json", "out.json")
+    Path("decode.json").write_text("{", encoding="utf-8")
+    with pytest.raises(UserError, match=r"--folder decode\.json: not JSON"):
+        run(monkeypatch, "plots", "--folder", ".")
     for flag in ("--batch-sizes", "--contexts"):
         with pytest.raises(SystemExit):
             decode(monkeypatch, flag, 0)
-        assert f"{flag}: 0 is not at least 1" in capsys.readouterr().err
+        assert f"{flag}: 0 is not from 1 to" in capsys.readouterr().err
 
 
 def test_a_step_is_timed_within_its_positions():

@@ -35,6 +35,13 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("out.json", b"old")]
 
 
+def test_rows_that_others_added_meanwhile_stay(tmp_path):
+    path = tmp_path / "out.json"
+    for row in ({"name": "a", "value": 1}, {"name": "b", "value": 2}, {"name": "a", "value": 3}):
+        files.add_row("--json", path, row, ("name",))
+    assert json.loads(path.read_text(encoding="utf-8")) == [{"name": "a", "value": 3}, {"name": "b", "value": 2}]
+
+
 def test_what_cannot_be_written_is_said(tmp_path, monkeypatch):
     files.check_file("--json", tmp_path / "out.json")
     with pytest.raises(UserError, match="--json .* is a folder"):

@@ -17,6 +17,9 @@ from minigpt.device import arithmetic_dtype
 from minigpt.errors import UserError, run_script
 from minigpt.generate import TextStream, generate
 from minigpt.model import GPT
+from minigpt.quantization import gptq_format
+from minigpt.quantization.convert import quantize_model
+from minigpt.quantization.methods import METHODS
 from minigpt.sampling import Sampling, draw
 from minigpt.tokenizer import encode, gpt2_tokenizer, read_tokenizer
 
@@ -48,7 +51,7 @@ class TestSampling:
 
     @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
     @pytest.mark.parametrize("top_k", [None, 1, 3, 40, 1000])
-    @pytest.mark.parametrize("top_p", [None, 1e-9, 0.37, 0.9, 1.0])
+    @pytest.mark.parametrize("top_p", [None, 1e-300, 1e-9, 0.37, 0.9, 1.0])
     def test_probabilities_are_those_worked_out_a_token_at_a_time(self, temperature, top_k, top_p):
         logits = torch.randn(4, 101, dtype=torch.float64)
         probabilities = Sampling(temperature, top_k, top_p).probabilities(logits)
@@ -295,7 +298,10 @@ class TestCommandLine:
         assert "no int4 checkpoint at checkpoints/small-int4; make it with: python quantize.py" in cli(
             "--model", small, "a", "--quantized"
         )[2].replace("\\", "/")
-        checkpoint.save(random_model(vocab_size=4096), tmp_path / "checkpoints" / "small-int4", DEMO_TOKENIZER)
+        int4 = random_model(vocab_size=4096, n_embd=48)
+        list(quantize_model(int4, METHODS["mse"], 16))
+        settings = gptq_format.describe("mse", 16, False)
+        checkpoint.save(int4, tmp_path / "checkpoints" / "small-int4", DEMO_TOKENIZER, settings)
         outputs = [
             cli("--temperature", 0, "--max-new-tokens", 5, *options)[1]
             for options in (
@@ -312,7 +318,10 @@ class TestCommandLine:
         for arguments, message in [
             ([], "no prompt is given"),
             (["--quantized", "Once upon"], "no prompt is given: --quantized took 'Once upon' as its path"),
-            (["--quantized", "nowhere", "a"], "--quantized nowhere: no such folder"),
+            (["--quantized", "nowhere", "a"], "--quantized 'nowhere': no such folder"),
+            (["--quantized", "", "a"], "--quantized '': no such folder"),
+            (["--quantized", small, "a"], "is no int4 checkpoint; quantize.py makes one"),
+            (["a", "--stop", "\udcff"], "--stop '\\udcff' is not UTF-8 text"),
             ([""], "the prompt is empty, and this model's vocabulary has no <|endoftext|>"),
             (["x " * 30], "tokens; the model reads 24"),
             (["a", "--stop", ""], "--stop is empty"),

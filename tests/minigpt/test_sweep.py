@@ -170,19 +170,23 @@ def test_bad_input_is_named_before_any_work(folder, run, capsys, monkeypatch):
         (("--group-size", "48"), "--group-size 48 does not fit this model"),
         (("--stride", "40"), "--stride is 40"),
         (("--context-length", "33"), "--context-length is 33"),
-        (("--batch-size", "0"), "--batch-size is 0"),
         (("--method", "gptq", "--calibration", "text.txt", "--calibration-tokens", "9"), "--calibration-tokens 9"),
         (("--method", "mse", "--calibration", "text.txt"), "--calibration is for gptq, .*, not for mse"),
         (("--method", "mse", "--calibration-tokens", "64"), "--calibration-tokens is for gptq, .*, not for mse"),
         (("--method", "mse", "hqq", "--seed", "0"), "--seed is for gptq, .*, not for mse, hqq"),
         (("--method", "gptq", "--steps", "5"), r"--steps is for METHOD\+tune, not for gptq"),
-        (("--method", "tune", "--steps", "0"), "--steps is 0"),
+        (("--method",), "nothing to measure"),
+        (("--dataset", ""), "unknown dataset ''"),
         (("--dataset", "nothing.txt"), "unknown dataset 'nothing.txt'"),
         (("--json", "nowhere/out.json"), "no folder nowhere"),
     ]:
         with pytest.raises(UserError, match=message):
             run(*arguments)
-    for content in ("{", "{}", '[{"perplexity": 1}]'):
+    for flag, word in (("--batch-size", "0"), ("--steps", "0"), ("--group-size", "abc"), ("--group-size", "-1")):
+        with pytest.raises(SystemExit):
+            run(flag, word)
+        assert f"{flag}: " in (said := capsys.readouterr().err) and f"{word}" in said and "invalid" not in said
+    for content in ("{", "{}", '[{"perplexity": 1}]', "[" * 200000):
         (folder / "out.json").write_text(content, encoding="utf-8")
         with pytest.raises(UserError, match=r"out\.json: not"):
             run()
