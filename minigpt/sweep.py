@@ -27,6 +27,7 @@ import torch
 from tqdm import tqdm
 
 from minigpt import arguments, checkpoint, data, evaluate, plots
+from minigpt.config import GPTConfig
 from minigpt.device import add_device_argument, arithmetic_dtype, check_device, describe_device, versions
 from minigpt.errors import UserError, run_script
 from minigpt.files import Row, add_row, check_file, read_rows
@@ -171,6 +172,47 @@ def short_name(name: str) -> str:
     return Path(name).resolve().name if Path(name).exists() else name
 
 
+def name_of(method: Recipe | str) -> str:
+    """What a measurement's `method` says: a recipe, or a peer."""
+    return str(method) if isinstance(method, Recipe) else PEER + method
+
+
+def labels(
+    method: Recipe | str, group_size: int, seed: int | None, calibration: Calibration | None, args: argparse.Namespace
+) -> Row:
+    """What tells a measurement from others, and all that one needs to take it again."""
+    tuned = isinstance(method, Recipe) and method.tune
+    return {
+        "model": short_name(args.model),
+        "text": short_name(args.dataset),
+        "method": name_of(method),
+        "group_size": "row" if group_size == WHOLE_ROW else group_size,
+        "seed": seed,
+        "calibration": short_name(args.calibration) if calibration else None,
+        "calibration_tokens": calibration.tokens if calibration else None,
+        "tuning_steps": args.steps if tuned else None,
+        "tuning_tokens": calibration.tuning_windows.numel() if calibration and tuned else None,
+        "gpu": describe_device(args.device) if args.device.startswith("cuda") else "cpu",
+        **versions(),
+        "peer_version": None if isinstance(method, Recipe) else PEERS[method].version,
+        "date": datetime.date.today().isoformat(),
+        "command": "python -m minigpt.sweep " + shlex.join(sys.argv[1:]),
+    }
+
+
+def read_calibrations(
+    args: argparse.Namespace, path: Path, config: GPTConfig, draws: Sequence[Draw]
+) -> dict[Draw, Calibration]:
+    """The calibration text of each draw, if there is any; says what to beware of."""
+    if not draws:
+        return {}
+    tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), config.vocab_size)
+    calibrations = load_calibrations(args.calibration, tokenizer, config, args.calibration_tokens, draws)
+    for warning in dict.fromkeys(warning for each in calibrations.values() for warning in each.warnings):
+        print(f"warning: {warning}", flush=True)
+    return calibrations
+
+
 def main() -> None:
     """Measures, writes each measurement at once, then prints a table and draws the plot."""
     args = parse_args()
@@ -186,12 +228,7 @@ def main() -> None:
     tokens = torch.tensor(encode(tokenizer, data.load_text(args.dataset)), device=args.device)
     todo = list(jobs(args, sizes))
     draws = dict.fromkeys(draw for method, _, seed in todo if (draw := draw_of(method, seed, args.steps)))
-    calibrations: dict[Draw, Calibration] = {}
-    if draws:
-        text = (args.calibration, tokenizer, reference.config, args.calibration_tokens)
-        calibrations = load_calibrations(*text, draws)
-    for warning in dict.fromkeys(warning for each in calibrations.values() for warning in each.warnings):
-        print(f"warning: {warning}", flush=True)
+    calibrations = read_calibrations(args, path, reference.config, list(draws))
 
     def score(model: GPT, label: str, against: GPT | None = None) -> evaluate.Score:
         """Scores a model, FP16 or int4, on the text."""
@@ -207,17 +244,10 @@ def main() -> None:
     for method, group_size, seed in tqdm(todo, desc="sweep", unit="model", file=sys.stderr):
         draw = draw_of(method, seed, args.steps)
         calibration = calibrations[draw] if draw else None
-        name = str(method) if isinstance(method, Recipe) else PEER + method
-        tuned = isinstance(method, Recipe) and method.tune
         model, bits, seconds = quantized(path, method, group_size, calibration, args.steps, args.device)
-        result = score(model, name, reference)
+        result = score(model, name_of(method), reference)
         del model
-        row = {
-            "model": short_name(args.model),
-            "text": short_name(args.dataset),
-            "method": name,
-            "group_size": "row" if group_size == WHOLE_ROW else group_size,
-            "seed": seed,
+        measurement = {
             "bits_per_weight": bits,
             "perplexity": result.perplexity,
             "fp16_perplexity": fp16,
@@ -227,18 +257,9 @@ def main() -> None:
             "context_length": length,
             "stride": stride,
             "quantize_seconds": round(seconds, 3),
-            "calibration": short_name(args.calibration) if calibration else None,
-            "calibration_tokens": calibration.tokens if calibration else None,
-            "tuning_steps": args.steps if tuned else None,
-            "tuning_tokens": calibration.tuning_windows.numel() if calibration and tuned else None,
-            "gpu": describe_device(args.device) if args.device.startswith("cuda") else "cpu",
-            **versions(),
-            "peer_version": None if isinstance(method, Recipe) else PEERS[method].version,
-            "date": datetime.date.today().isoformat(),
-            "command": "python -m minigpt.sweep " + shlex.join(sys.argv[1:]),
         }
-        measured.append(row)
-        add_row("--json", args.json, row, IDENTITY)
+        measured.append(labels(method, group_size, seed, calibration, args) | measurement)
+        add_row("--json", args.json, measured[-1], IDENTITY)
     print(format_measurements(measured))
     if importlib.util.find_spec("matplotlib"):
         print(f"{args.json}; {plots.save_accuracy(args.json)}")
