@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     if args.json:
         check_file("--json", args.json)
     checkpoint.check_known(args.model)
-    if checkpoint.is_int4(Path(args.model)):
+    if args.model not in checkpoint.PRETRAINED and checkpoint.is_int4(Path(args.model)):
         raise UserError(
             f"{args.model} is an int4 checkpoint: give the fp one it was made from, and this as --quantized"
         )

@@ -295,7 +295,7 @@ def damp(name: str, hessian: Tensor) -> tuple[Tensor, float]:
         The damped Hessian, and how much of the mean was added. A Hessian of zeros gives the identity.
 
     Raises:
-        UserError: not even 655 times the mean helped.
+        UserError: no damping below MAX_DAMPING helped.
     """
     mean = hessian.diagonal().mean()
     if mean <= 0:
