@@ -109,8 +109,7 @@ def parse_args() -> argparse.Namespace:
     for path in args.quantized:
         if not path.exists():
             raise UserError(f"--quantized {path}: no such folder")
-        if not checkpoint.is_int4(path):
-            raise UserError(f"--quantized {path} is no int4 checkpoint; quantize.py makes one")
+        checkpoint.check_int4(path)
     return args
 
 
@@ -179,9 +178,7 @@ def make_protocol(args: argparse.Namespace, model: GPT, n_tokens: int) -> dict[s
         raise UserError(
             f"{args.model} reads {model.config.n_positions} tokens; timing it needs n_positions of 4 or more"
         )
-    context_length = model.config.n_positions if args.context_length is None else args.context_length
-    stride = context_length if args.stride is None else args.stride
-    evaluate.check_windows(model, context_length, stride)
+    context_length, stride = evaluate.window_sizes(model, args.context_length, args.stride)
     prompt = min(32, n_tokens, model.config.n_positions // 4)
     return {
         "model": args.model,

@@ -350,23 +350,28 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def draw(parser: argparse.ArgumentParser, folder: Path) -> None:
+    """Draws what is in a folder of results; what keeps it from that is the parser's error."""
+    if not find_spec("matplotlib"):
+        parser.error("plots need matplotlib: pip install matplotlib")
+    try:
+        print(f"drew {', '.join(map(str, plots.draw_all(folder)))}")
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+
+
 def main() -> None:
     """Measures, prints and saves, or draws. Exit status 2 for what cannot be done here: no GPU, no matplotlib."""
     parser = make_parser()
     args = parser.parse_args()
-    if args.command != "plots":
-        try:
-            args.json.parent.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of measuring
-        except OSError as error:
-            parser.error(f"--json {args.json}: {error}")
     if args.command == "plots":
-        if not find_spec("matplotlib"):
-            parser.error("plots need matplotlib: pip install matplotlib")
-        try:
-            print(f"drew {', '.join(map(str, plots.draw_all(args.folder)))}")
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
-    elif args.command == "quantization":
+        draw(parser, args.folder)
+        return
+    try:
+        args.json.parent.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of measuring
+    except OSError as error:
+        parser.error(f"--json {args.json}: {error}")
+    if args.command == "quantization":
         rows = bench_quantization()
         print_quantization(rows)
         common.save_json(args.json, rows)

@@ -280,9 +280,11 @@ def _check_block(m: int, c: int, inner: int) -> Iterator[common.Check]:
     x = stream.residual.double()
 
     def norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        """LayerNorm in float64."""
         return torch.nn.functional.layer_norm(x, (c,), gamma.double(), beta.double(), 1e-5)
 
     def linear(x: Tensor, layer: int) -> Tensor:
+        """One of the three layers, in float64."""
         w = dequantize_reference((first, second, third)[layer], torch.float32).double()
         return x @ w.t() + biases[layer].double()
 
@@ -317,10 +319,12 @@ def _bench_mlp(m: int, c: int) -> common.Row:
     norms = [fold_norm(first, gamma, beta, bias_4c) for first, _ in packed]
 
     def in_fp16(first: Tensor, second: Tensor) -> Tensor:
+        """LayerNorm and two layers as torch has them, fp16: [M, C] added to x."""
         hidden = torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (c,), gamma, beta), first, bias_4c)
         return x + torch.nn.functional.linear(gelu_reference(hidden), second, bias)
 
     def fused(first: PreparedWeight, second: PreparedWeight, norm: FoldedNorm) -> None:
+        """The same by this lesson's kernel, into the stream."""
         add_matmul(normed_matmul(stream, first, norm, 1e-5, gelu=True), second, bias, stream, gamma)
 
     fp16 = common.microseconds(in_fp16, layers)

@@ -408,6 +408,7 @@ def _bench_output(m: int, k: int) -> common.Row:
     norms = [fold_norm(w, gamma, beta) for w in int8]
 
     def in_fp16(w: Tensor) -> Tensor:
+        """LayerNorm, output layer and choice as torch has them, fp16: w [N, K] -> tokens, int64 [M]."""
         return torch.nn.functional.linear(torch.nn.functional.layer_norm(x, (k,), gamma, beta), w).argmax(-1)
 
     fp16 = common.microseconds(in_fp16, [(w,) for w in weights])

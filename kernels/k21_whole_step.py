@@ -585,6 +585,7 @@ def random_layers(n_layer: int, c: int) -> Layers:
     gammas = 1 + 0.1 * common.random_tensor(2 * n_layer + 1, c, dtype=torch.float32, seed=1)
 
     def linears(n: int, k: int, seed: int, norm: int | None = None) -> Linears:
+        """Random layers [n, k], one a block, behind LayerNorm number `norm` of the block if there is one."""
         weights = [
             prepare(quantize_reference(common.random_tensor(n, k, seed=seed + 4 * i) / math.sqrt(k), 64))
             for i in range(n_layer)
@@ -603,6 +604,7 @@ def all_blocks_reference(
     """The same in plain torch and float64: x [1, C] -> [1, C]; k and v, float64 too, are changed."""
 
     def linear(x: Tensor, linears: Linears, layer: int) -> Tensor:
+        """Layer number `layer` of a kind, in float64: [M, K] -> [M, N]."""
         return x @ values(linears.weight(layer)).double().t() + linears.bias[layer].double()
 
     for i in range(len(k)):
@@ -655,6 +657,7 @@ def _bench_waits(programs: int, numbers: int) -> common.Row:
     mail = common.random_tensor(many * numbers).view(torch.int16)
 
     def time(waits: int) -> float:
+        """Microseconds of a launch with so many waits."""
         mail.fill_(-1)
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

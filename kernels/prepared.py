@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.k00_reference import QuantizedWeight, pack, unpack
+from kernels.k00_reference import QuantizedWeight, pack_weight, unpack_weight
 
 BLOCK = 64  # columns of a tile
 TILE_ROWS = 16
@@ -69,14 +69,14 @@ def prepare(weight: QuantizedWeight) -> PreparedWeight:
     """Rearranges a weight for the fast kernels, on its own device. `restore` is the exact inverse."""
     n, k, group_size = weight.out_features, weight.in_features, weight.group_size
     tiles, blocks = -(-n // TILE_ROWS), -(-k // BLOCK)
-    codes = torch.zeros((tiles * TILE_ROWS, blocks * BLOCK), dtype=torch.int16, device=weight.qweight.device)
-    codes[:n, :k] = unpack(weight.qweight, k).t()
+    chosen, _, zeros = unpack_weight(weight)
+    codes = torch.zeros((tiles * TILE_ROWS, blocks * BLOCK), dtype=torch.int16, device=chosen.device)
+    codes[:n, :k] = chosen
     half_words = torch.zeros((tiles, blocks, TILE_ROWS, SLICE), dtype=torch.int16, device=codes.device)
     for nibble, part in enumerate(codes.view(tiles, TILE_ROWS, blocks, 4, SLICE).unbind(3)):
         half_words |= part.transpose(1, 2) << (4 * nibble)
 
-    zeros = unpack(weight.qzeros.t(), n).t()  # [K/group_size, N]
-    words = _bits(zeros + ONE_KILO) << 16 | _bits(weight.scales)
+    words = _bits(zeros.t() + ONE_KILO) << 16 | _bits(weight.scales)  # [K/group_size, N]
     scale_zeros = torch.zeros((-(-blocks * BLOCK // group_size), n), dtype=torch.int32, device=codes.device)
     scale_zeros[: len(words)] = words
     return PreparedWeight(half_words, scale_zeros, row_scales_of(scale_zeros), k, group_size)
@@ -99,7 +99,7 @@ def restore(weight: PreparedWeight) -> QuantizedWeight:
     words = weight.scale_zeros[: k // weight.group_size]
     scales = (words & 0xFFFF).to(torch.int16).view(torch.float16)
     zeros = (words >> 16).to(torch.int16).view(torch.float16).int() - ONE_KILO
-    return QuantizedWeight(pack(codes.t()), scales, pack(zeros.t()).t().contiguous())
+    return pack_weight(codes, scales.t(), zeros.t())
 
 
 def _bits(numbers: Tensor) -> Tensor:

@@ -202,6 +202,7 @@ class Mail(NamedTuple):
         places = [[tensor.data_ptr() - k[0].data_ptr() for tensor in pair] for pair in zip(k, v, strict=True)]
 
         def absent(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            """Mail of this shape, twice and for each block, that nobody has written: all -1."""
             return torch.full((2, n_layer, *shape), -1, dtype=dtype, device=device)
 
         return cls(

@@ -155,7 +155,8 @@ def default_group_size(config: GPTConfig, asked: int | None) -> int:
     with torch.device("meta"):
         model = GPT(config)
     if asked is None:
-        return next(size for size in GROUP_SIZES if size in fitting_group_sizes(model))
+        fitting = fitting_group_sizes(model)
+        return next(size for size in GROUP_SIZES if size in fitting)
     check_fits(model, asked)
     return asked
 

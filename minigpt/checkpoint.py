@@ -228,6 +228,12 @@ def is_int4(path: Path) -> bool:
     return isinstance(fields, dict) and fields.get("quantization_config") is not None
 
 
+def check_int4(path: Path) -> None:
+    """Raises UserError unless what --quantized names, which exists, is an int4 checkpoint."""
+    if not is_int4(path):
+        raise UserError(f"--quantized {path} is no int4 checkpoint; quantize.py makes one")
+
+
 def made_how(path: Path) -> str:
     """How an int4 checkpoint that can be loaded was made: 'gptq, groups of 64, embedding int8'."""
     return gptq_format.made_how(_read_config(path, {})["quantization_config"])

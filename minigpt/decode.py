@@ -31,6 +31,7 @@ def model_logits(model: GPT) -> StepLogits:
     """The model as it is. Faster steps for one token have the same arguments and the same result."""
 
     def step_logits(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """The model's own logits, see `StepLogits`."""
         return model.lm_head(model.hidden(tokens, cache, positions)[:, -1])  # [B, V]
 
     return step_logits
@@ -44,6 +45,7 @@ def attention_in_parts(step_logits: StepLogits) -> StepLogits:
     """
 
     def step(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """`step_logits`, within."""
         with sdpa_kernel(SDPBackend.MATH):
             return step_logits(tokens, positions, cache)
 

@@ -66,6 +66,18 @@ def check_windows(model: GPT, context_length: int, stride: int) -> None:
         raise UserError(f"--stride is {stride}, it must be from 1 to the context length {context_length}")
 
 
+def window_sizes(model: GPT, context_length: int | None, stride: int | None) -> tuple[int, int]:
+    """Tokens in a window, and from one to the next: as asked for, or else as many as the model reads, side by side.
+
+    Raises:
+        UserError: this model cannot score a text so.
+    """
+    length = model.config.n_positions if context_length is None else context_length
+    step = length if stride is None else stride
+    check_windows(model, length, step)
+    return length, step
+
+
 def windows(n_tokens: int, context_length: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Yields (begin, end, first): a window holds tokens begin..end-1 and scores tokens first..end-1.
 
@@ -206,6 +218,7 @@ def step_rate(step: DecodeStep, begin: int, end: int, seconds: float = 5.0) -> f
     begins = itertools.cycle(range(begin, end - n_steps + 1, n_steps))
 
     def run() -> None:
+        """Makes n_steps steps from the next position on."""
         step.positions.fill_(next(begins))
         for _ in range(n_steps):
             step()
@@ -220,6 +233,7 @@ def copy_bandwidth(device: torch.device) -> float:
     n_copies = 8 if device.type == "cuda" else 1  # a run is then long beside the time that starting it takes
 
     def run() -> None:
+        """Copies n_copies times."""
         for _ in range(n_copies):
             target.copy_(source)
 

@@ -76,9 +76,11 @@ def generate(
     generator = torch.Generator(model.wpe.weight.device).manual_seed(seed)
 
     def choose(logits: Tensor) -> Tensor:
+        """The next tokens: logits [B, V] -> int64 [B, 1]."""
         return sampling.choose(logits[:, :n_vocab], generator)  # [B, 1]
 
     def steps() -> Iterator[Tensor]:
+        """Yields the next tokens, int64 [B, 1], n_steps times: the first from the prompts, the others from steps."""
         logits, cache = read_prompts(model, prompts, n_steps)
         tokens = choose(logits)
         yield tokens
@@ -189,8 +191,7 @@ def checkpoint_path(args: argparse.Namespace) -> Path:
     if args.quantized is not True:
         if not (args.quantized and Path(args.quantized).exists()):
             raise UserError(f"--quantized {args.quantized!r}: no such folder")
-        if not checkpoint.is_int4(Path(args.quantized)):
-            raise UserError(f"--quantized {args.quantized} is no int4 checkpoint; quantize.py makes one")
+        checkpoint.check_int4(Path(args.quantized))
         return Path(args.quantized)
     checkpoint.check_known(args.model)
     folder = checkpoint.default_int4_folder(args.model)
@@ -227,6 +228,7 @@ def show(steps: Iterable[list[int | None]], prompts: Sequence[str], streams: Seq
     shown, n_first, begin, end = 0, 0, 0.0, 0.0
 
     def print_ready() -> None:
+        """Prints what there is of the text that is shown, and of those behind it if that has ended."""
         nonlocal shown
         while True:
             print(ready[shown], end="", flush=True)

@@ -25,6 +25,11 @@ STYLES = (
 PEER_MARKERS = "*pd<>"
 PEER = "peer:"  # before the name of a method that is not ours
 TUNED = "+tune"  # behind the name of one that is tuned
+# What is drawn of a measurement, and what tells where.
+DRAWN = (
+    *("method", "group_size", "bits_per_weight", "perplexity", "fp16_perplexity", "kl"),
+    *("model", "text", "context_length", "stride", "gpu"),
+)
 
 
 def save_accuracy(path: Path) -> Path:
@@ -33,7 +38,7 @@ def save_accuracy(path: Path) -> Path:
     Raises:
         UserError: there is no such file, or nothing in it.
     """
-    if not (rows := read_rows("the file", path, ("method", "group_size", "bits_per_weight", "perplexity", "kl"))):
+    if not (rows := read_rows("the file", path, DRAWN)):
         raise UserError(f"{path}: no measurements; make them with: python -m minigpt.sweep")
     picture = path.with_suffix(".png")
     draw_accuracy(rows).savefig(picture, dpi=150)

@@ -96,10 +96,12 @@ def hooked(model: GPT, marks: Marks) -> Iterator[None]:
     around = [BEFORE]  # what is being computed, the innermost last
 
     def enter(module: nn.Module, _: object) -> None:
+        """A module begins: what comes now is its."""
         around.append(names[module])
         marks.add(around[-1])
 
     def leave(module: nn.Module, _: object, __: object) -> None:
+        """A module ends: what comes now is of the one around it."""
         around.pop()
         marks.add(AFTER if module is model.lm_head else around[-1])
 
@@ -132,11 +134,13 @@ def profile_step(model: GPT, step_logits: StepLogits, cache: KVCache, how: str) 
     positions = torch.full_like(tokens, length - n_steps)
 
     def make(step_logits: StepLogits, how: How) -> DecodeStep:
+        """A greedy step over the same cache."""
         return DecodeStep(*greedy_way(step_logits), cache, tokens, positions, how)
 
     marks = Marks(device.type == "cuda")
 
     def marked(tokens: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """`step_logits`, with the marks of a new step."""
         marks.begin()
         return step_logits(tokens, positions, cache)
 

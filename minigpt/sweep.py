@@ -23,6 +23,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import tiktoken
 import torch
 from tqdm import tqdm
 
@@ -60,7 +61,6 @@ IDENTITY = (
     *("model", "text", "method", "group_size", "seed", "gpu", "context_length", "stride"),
     *("calibration", "calibration_tokens", "tuning_steps"),
 )
-MEASURED = ("bits_per_weight", "perplexity", "fp16_perplexity", "kl")
 
 
 def parse_args() -> argparse.Namespace:
@@ -201,12 +201,11 @@ def labels(
 
 
 def read_calibrations(
-    args: argparse.Namespace, path: Path, config: GPTConfig, draws: Sequence[Draw]
+    args: argparse.Namespace, tokenizer: tiktoken.Encoding, config: GPTConfig, draws: Sequence[Draw]
 ) -> dict[Draw, Calibration]:
     """The calibration text of each draw, if there is any; says what to beware of."""
     if not draws:
         return {}
-    tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), config.vocab_size)
     calibrations = load_calibrations(args.calibration, tokenizer, config, args.calibration_tokens, draws)
     for warning in dict.fromkeys(warning for each in calibrations.values() for warning in each.warnings):
         print(f"warning: {warning}", flush=True)
@@ -216,19 +215,17 @@ def read_calibrations(
 def main() -> None:
     """Measures, writes each measurement at once, then prints a table and draws the plot."""
     args = parse_args()
-    read_rows("--json", args.json, (*IDENTITY, *MEASURED))  # or it is no file of such measurements
+    read_rows("--json", args.json, (*IDENTITY, *plots.DRAWN))  # or it is no file of such measurements
     path = checkpoint.resolve(args.model)
     reference = checkpoint.load(path, torch.float16)
     sizes = fitting_sizes(reference, args.group_size)
     reference = reference.to(device=args.device, dtype=arithmetic_dtype(args.device))
-    length = reference.config.n_positions if args.context_length is None else args.context_length
-    stride = length if args.stride is None else args.stride
-    evaluate.check_windows(reference, length, stride)
+    length, stride = evaluate.window_sizes(reference, args.context_length, args.stride)
     tokenizer = tokenizer_for(checkpoint.checkpoint_folder(path), reference.config.vocab_size)
     tokens = torch.tensor(encode(tokenizer, data.load_text(args.dataset)), device=args.device)
     todo = list(jobs(args, sizes))
     draws = dict.fromkeys(draw for method, _, seed in todo if (draw := draw_of(method, seed, args.steps)))
-    calibrations = read_calibrations(args, path, reference.config, list(draws))
+    calibrations = read_calibrations(args, tokenizer, reference.config, list(draws))
 
     def score(model: GPT, label: str, against: GPT | None = None) -> evaluate.Score:
         """Scores a model, FP16 or int4, on the text."""

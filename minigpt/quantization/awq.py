@@ -172,6 +172,7 @@ def search(
         raise UserError(f"layer {name} has weights or inputs that are NaN or infinite; this model cannot be quantized")
 
     def error(change: Tensor) -> float:
+        """Squared error of the layer's outputs when its weight changes by so much, [N, K]."""
         return ((change.double() @ gram) * change).sum().item()
 
     # Some inputs may be 0 in all of the text.

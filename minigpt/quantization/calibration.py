@@ -233,6 +233,7 @@ class ResidualStream:
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            """Keeps the layer's input, and ends the block's forward pass."""
             caught.append(arguments[0])
             raise _Reached
 

@@ -68,10 +68,12 @@ def _adding_products(name: str, total: Tensor) -> Callable[[nn.Module, tuple[Ten
     """A forward hook that has g^T g added to `total`, [N, N], for each gradient g, [tokens, N], by the outputs."""
 
     def on_backward(gradient: Tensor) -> None:
+        """Adds g g^T of every token to the total; gradient: floating [..., N]."""
         g = gradient.flatten(0, -2)
         total.addmm_(g.t(), g)
 
     def on_forward(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+        """Has the output's gradient looked at once it is known."""
         if not torch.isfinite(output).all():
             raise UserError(f"the outputs of layer {name} are NaN or infinite on the calibration text; {ADVICE}")
         output.register_hook(on_backward)

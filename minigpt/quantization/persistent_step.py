@@ -32,6 +32,7 @@ class PersistentStep(FusedStep):
         none = torch.empty(0, device=self.wpe.device)
 
         def stack(tensors: Iterable[Tensor]) -> Tensor:
+            """A tensor for each block, as float32 [blocks, ...]."""
             return torch.stack(list(tensors)).float()
 
         norms_1, norms_2 = [b.norm_1 for b in self.blocks], [b.norm_2 for b in self.blocks]

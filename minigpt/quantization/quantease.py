@@ -89,6 +89,7 @@ def fit_scales(levels: Tensor, goal: Tensor, hessian: Tensor, scales: Tensor) ->
     fitted = torch.linalg.solve(products, wanted).to(torch.float16)
 
     def loss(candidate: Tensor) -> Tensor:
+        """What the Hessian makes of each row's error with these scales: float32 [N, G] -> [N]."""
         error = goal - levels * candidate.repeat_interleave(levels.shape[1] // groups, dim=1)  # [N, K]
         return ((error @ hessian) * error).sum(1)  # [N]
 

@@ -107,7 +107,7 @@ def check_calibration_arguments(args: argparse.Namespace, recipes: Sequence[Reci
         calibrated: whether anything looks at text.
 
     Raises:
-        UserError: a flag that nothing would read, or no step.
+        UserError: a flag that nothing would read.
     """
     names = ", ".join(map(str, recipes)) or "these peers"
     for name in ("calibration", "calibration_tokens", "seed"):
@@ -117,7 +117,6 @@ def check_calibration_arguments(args: argparse.Namespace, recipes: Sequence[Reci
     if args.steps is not None and not any(recipe.tune for recipe in recipes):
         raise UserError(f"--steps is for METHOD+tune, not for {names}")
     args.steps = tune.STEPS if args.steps is None else args.steps
-    tune.check_steps(args.steps)
     if args.calibration is None:
         args.calibration = "demo" if args.model == "demo" else "c4"
     args.calibration_tokens = CALIBRATION_TOKENS if args.calibration_tokens is None else args.calibration_tokens
