@@ -114,7 +114,7 @@ def attention_kernel(
     v = tl.load(v_ptr + offs, mask=mask, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()  # not before: see lesson 18
     splits = tl.maximum(tl.cdiv(position, BLOCK_L), 1)
     if split >= splits:
         return

@@ -86,7 +86,7 @@ def embed_kernel(
     gamma = tl.load(gamma_ptr + c, mask=mask, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_launch_dependents()  # not before: see lesson 18
     token = tl.load(tokens_ptr + m)
     position = tl.load(positions_ptr + m)
     if BITS == 4:
@@ -183,6 +183,8 @@ def output_kernel(
     offs_m = gl.arange(0, 8, layout=gl.SliceLayout(0, layout))
     n = gl.minimum(offs_n, N - 1)
 
+    if PDL:
+        gdc_launch_dependents()  # at once, as in lesson 18
     codes = ()
     for i in gl.static_range(STEP):
         block = gl.minimum(i * num_warps + warp, blocks - 1)
@@ -192,7 +194,6 @@ def output_kernel(
     folded = gl.load(folded_ptr + n)
     if PDL:
         gdc_wait()
-        gdc_launch_dependents()
     sums, squares = load_sums(sums_ptr, M, K, TILES, BLOCK_M, num_warps)
     acc = gl.zeros([num_warps, 16, 8], gl.float32, mma)
     for done in gl.static_range(PASSES):

@@ -9,7 +9,7 @@ ended. Lesson 17 was made for a handful, and asks for the whole weight before it
 
     tiles       64 rows of out^T by 16 to 128 tokens: for most layers 64 to 256 programs
     two rings   in shared memory, filled by the copy engine (TMA): one for x, as in lesson 12; one for the codes and
-                scales, 6 to 48 blocks of 64 columns deep, which the producer warp fills before it waits (`gdc_wait`)
+                scales, 6 to 32 blocks of 64 columns deep, which the producer warp fills before it waits (`gdc_wait`)
     registers   hold a step of the weight and its operands, no more: where tiles are many, two programs fit
 
     kernel ahead   ...........................|
@@ -27,7 +27,7 @@ tensor cores, 4.7 microseconds. Each program reads all of x, 0.5 MB, from the L2
 microseconds at 6 to 8 TB/s. So 9 or 10, where lesson 12 takes 14.8 and fp16 11.4.
   With few tokens there is another price. A step is a chain: wait for the barriers, fetch the codes from shared memory,
 make operands of them, start the products. A block of 64 columns at a time takes 400 to 500 clocks however few tokens
-there are, and 8192 columns are 128 of them. So a step has 2 or 4 blocks with up to 32 tokens and 2 with 64: the
+there are, and 8192 columns are 128 of them. So a step has 4 blocks with up to 32 tokens and 2 with more: the
 machine code has 84 instructions a block in place of 100, a quarter of the barriers, and 110 clocks.
 
 WHO READS WHAT. A block of a row tile is 512 bytes in one piece (kernels.prepared), a program's 64 rows are four of
@@ -69,13 +69,32 @@ out one thing at a time, and see what it had cost (sums wrong, times right; anot
     16, 8192 x 2048        5.7           4.4              5.1             4.4                   4.9
     128, 8192 x 2048       9.0           7.7              8.5             8.7                   9.0
 
-With long rows, nothing: neither bytes (a kernel that only reads 34 MB, cold, takes 8.0 microseconds) nor instructions
-(84 for 16 rows of a block: 5.9 on all schedulers). Nor the waits: a third warpgroup that shares K takes 14.0 where two
-take 14.4 (13 predicted). What all have in common is wgmma. From 2048 columns to 8192 a multiprocessor has 384 more to
-do, of 64 x 16 x 16 products, 8 clocks' worth each; even with no weight loaded they take 8.6 microseconds, 40 clocks
-each. 64 tokens wide they would take 32, at the full rate: it seems that narrower ones take no less. The instruction of
-lesson 17 may be better here, if not its loop in passes: that, with 64 rows a program and x copied asynchronously, took
-21 (11.5 predicted). With 128 tokens it is the operands that are not hidden, 1.3 microseconds of 9.
+With long rows, nothing: neither bytes nor instructions nor waits (a third warpgroup that shares K takes 14.0 where two
+take 14.4). So ask the other way about: let each warpgroup read a clock before and behind each wait, and store it
+(results/attempts.json). Clocks, means of all programs, with rings of 4 and 8 steps, as they were:
+
+                          codes there?   fetch them,       x there?   products,      turn to   kernel's end
+                                         first operands               operands       first x   to next turn
+    16, 8192 x 8192            98             191            400         659           1136      0.65 us
+    16, 8192 x 2048           100             194            139         736            739      0.57 us
+    16, 2048 x 8192            91             206            102         653           4098      2.2 us, add_up between
+    128, 8192 x 2048          106             154             53         104            789      0.75 us
+
+    x came late, once      A barrier that need not be waited for takes 85 clocks. But in the sixth to ninth step of
+                           8192 x 8192 x let them wait for up to 2,200, some 3,000 in all. By then the next kernel's
+                           programs had moved in, had asked for 8 steps of weight each, and x stood in line behind
+                           them. Rings twice as long end that, but leave no room for the next kernel, and have x wait
+                           behind this kernel's own weight: 3,700 clocks to the first x. Shorter ones it is: 6 steps
+                           in both rings take 13.6 microseconds where 4 and 8 take 15.5, and 5.3 for 5.6 at 8192 x 2048.
+    the parts' sum         kept the next kernel's programs out until its own turn had come; so their weight came late.
+                           Now it lets them in at once: 6.5 for 7.9 (16 tokens of 2048 x 8192), 12.0 for 13.6 (128).
+    128 tokens             have one warpgroup do it all in a row, 465 clocks a block where the products take 256. Steps
+                           of two blocks: 351. And it should have the multiprocessor to itself, as in lesson 23: 3 and 4
+                           steps in the rings, which leave no room for a second program, take 8.6 microseconds, 3 and 3,
+                           which do, 9.8 (ALONE; 8192 x 2048). Four parts of 2048 x 8192 rather than two: 10.8.
+
+Altogether, where the table is from before that: 5.3, 6.0 and 13.6 microseconds with 16 tokens of the last three layers,
+6.1, 6.9 and 14.9 with 32, 8.6, 10.8 and 32.5 with 128; 8.0 for 8.8 with 512 of 2048 x 2048 (results/attempts.json).
   A surprise, still with one block a step: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer
 of them, weight and x, through the L2 cache than 64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2
 microseconds where those took 9.8. Nor is it the number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64
@@ -89,6 +108,12 @@ part of that; deeper rings and one program a multiprocessor: 8.8 for 5.8 at 16 t
 But then the sums of one group must wait in registers while those of the next are made, and round the loop's end. Either
 the assembler waits behind every product, or, where the compiler saw no harm in copying such sums, they were copied
 before they were there, and a third of the result was wrong; nor was it faster (14.2 for 14.2 at 8192 x 8192).
+  mma.sync, lesson 17's instruction, in place of wgmma, with 16 tokens: 15.4 for 13.6 at 8192 x 8192 (11 to 11.5 was
+predicted), 4.7 for 5.3 at 8192 x 2048. Sums of their own for each 16 columns, so that no product need wait for the one
+before: no faster. To give a stage of x back before the wait for a product, not after it: no faster, with 128 tokens up
+to 0.3 slower. To let the next kernel in before its own wait, as lesson 18 does: 12.4 for 9.2 with 128 tokens of 8192 x
+2048; not until all of its own tiles are ordered: 13.8 for 13.6, and up to 4 more elsewhere. Two warpgroups that share K
+with 128 tokens: 9.9 for 8.8.
   Parts that meet in pairs inside the kernel, the first to arrive leaving its sums for the second, in place of a launch
 that adds them up. 2048 x 8192: 8.6 for 7.7 with 16 tokens and four parts, 11.4 for 9.3 with 64, and 12.5 for 13.5 with
 128 and two (6.6 and 11.7 predicted). A meeting, through the L2 cache, takes longer than a kernel that is started early.
@@ -97,10 +122,9 @@ a wait behind every product (its message C7515). Hence the `assume`. The same wh
 two partitions (C7512): there, nobody's are moved. And each barrier's initialization is followed by a wait for the
 whole block: rings of 8 and 32 steps had 48 of them, half a microsecond before the first order.
 
-NEXT. For 16 tokens, lesson 17's instruction on this lesson's rings. Two programs of a cluster that share x's tiles
-("multicast") would halve what comes from the L2 cache: Triton 3.6 has no word for it, 3.7 has. EXERCISE. Of the 84
-instructions, 16 take the zeros away. Let the codes be 1024 + code in the product, and subtract 1024 + zero times the
-sum of x from the result. How many digits does that cost, and whose?
+NEXT. Two programs of a cluster that share x's tiles ("multicast") would halve what comes from the L2 cache: Triton 3.6
+has no word for it, 3.7 has. EXERCISE. Of the 84 instructions, 16 take the zeros away. Let the codes be 1024 + code in
+the product, and subtract 1024 + zero times the sum of x from the result. How many digits does that cost, and whose?
 """
 
 from collections.abc import Iterator
@@ -127,14 +151,17 @@ from kernels.row_tiles import unpack
 ROWS = gl.constexpr(64)  # outputs a program: what one warpgroup's wgmma makes
 # Warpgroups that share K, and tokens a program -> blocks of a step, and steps in the ring of x and in the weight's.
 RINGS = {
-    (2, 16): (4, 4, 8),
-    (2, 32): (4, 6, 12),
+    (2, 16): (4, 6, 6),
+    (2, 32): (4, 6, 6),
     (2, 64): (2, 6, 16),
     (1, 16): (4, 3, 5),
     (1, 32): (2, 4, 8),
     (1, 64): (2, 4, 8),
-    (1, 128): (1, 6, 6),
+    (1, 128): (2, 3, 3),
 }
+# The same for 128 tokens, if each program may have a multiprocessor: then it should, and no second one fits beside it.
+ALONE = (2, 3, 4)
+MULTIPROCESSORS = 132  # of an H200
 FEWEST_PROGRAMS = {128: 100, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
 
 
@@ -386,15 +413,15 @@ def launch_options(m: int, n: int, k: int, group_size: int) -> dict[str, int]:
     height = next(height for height in (16, 32, 64, 128) if height >= min(m, 128))
     while True:
         tiles = common.cdiv(n, ROWS.value) * common.cdiv(m, height)
-        # A part is 2048 columns long or longer; with 128 tokens 4096 are as many as one warpgroup should walk alone.
-        split = max(common.cdiv(128, tiles), k // 4096 if height == 128 else 1)
-        split = 2 ** (max(1, min(split, k // 2048)).bit_length() - 1)
-        if (tiles if height == 128 else tiles * split) >= FEWEST_PROGRAMS[height]:
+        # A program for each multiprocessor, if they can be had. A part is 2048 columns long or longer.
+        split = max(1, min(MULTIPROCESSORS // tiles, k // 2048))
+        split = 2 ** (split.bit_length() - 1)
+        if tiles * split >= FEWEST_PROGRAMS[height]:
             break
         height //= 2
     # Two share K where one could not hide its loads: with little to multiply, or a long way to go.
     shares = 2 if tiles * split * height <= (8192 if k // split >= 4096 else 4096) else 1
-    wide, stages, slots = RINGS[shares, height]
+    wide, stages, slots = ALONE if height == 128 and tiles * split <= MULTIPROCESSORS else RINGS[shares, height]
     while wide > 1 and (wide * BLOCK) % group_size and group_size % (wide * BLOCK):  # a step would cut groups in two
         wide, stages, slots = wide // 2, stages * 2, slots * 2
     options = {"BLOCK_M": height, "WIDE": wide, "SPLIT_K": split, "SHARES": shares, "STAGES": stages, "SLOTS": slots}

@@ -1,4 +1,8 @@
-"""Adding up what programs that shared an output each computed of it: for lessons 9, 12, 22 and 23."""
+"""Adding up what programs that shared an output each computed of it: for lessons 9, 12, 22 and 23.
+
+A launch of its own, and a small one. It lets the next kernel in before its own turn has come: a product that follows
+then asks for its weight while this one's programs still multiply, 1.3 microseconds earlier (results/attempts.json).
+"""
 
 import triton
 import triton.language as tl
@@ -25,8 +29,8 @@ def add_up_kernel(
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
     if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # at once: the next product's weight may come while this one is made
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in tl.static_range(PARTS):
         total += tl.load(parts_ptr + part * numel + offs, mask=mask, other=0.0)

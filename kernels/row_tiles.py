@@ -473,13 +473,12 @@ def launch_options(k: int) -> dict[str, int]:
 def ready_blocks(m: int, n: int, k: int) -> int:
     """How many of a warp's blocks `make_ready` should make: of a weight [N, K] = [n, k], for M = m tokens.
 
-    Measured on an H200 in steps of GPT-2 (results/attempts.json), at two or three positions. For one token four are
-    best with n_embd 1600, and at one position of two with 1280, two with less, as a rule; for eight two are best with
-    1600, four with less. More take registers that other programs need. Where programs come in many rounds only the
-    first round waits.
+    Measured on an H200 in steps of GPT-2 (results/attempts.json), at two or three positions: four, as a rule, but for
+    eight tokens with n_embd 1600 two. More take registers that other programs need. Where programs come in many rounds
+    only the first round waits.
     """
     if n > MANY_ROWS or m > 8:
         return 0
     n_embd = k if k < 3072 else k // 4  # the MLP's second layer has K = 4 n_embd
-    four = n_embd >= 1280 if m == 1 else n_embd <= 1280
+    four = m == 1 or n_embd <= 1280
     return min(4 if four else 2, launch_options(k)["STEP"])

@@ -317,7 +317,8 @@ def test_the_next_pass_is_asked_for_before_this_one_is_multiplied(compiled):
     assert results
     for result in results:
         loads = 2 * (result["step"] + result["groups"])  # of codes and scales
-        assert re.fullmatch(rf"(LDG){{{2 * loads}}}(HMMA){{{8 * result['step']}}}(LDG)*", result["order"]), result
+        # Biases may be loaded among the products.
+        assert re.fullmatch(rf"(LDG){{{2 * loads}}}(HMMA(LDG)*){{{8 * result['step']}}}", result["order"]), result
 
 
 def test_lesson_17s_programs_in_passes_are_many_to_a_multiprocessor(compiled):
@@ -334,7 +335,7 @@ def test_operands_are_ready_before_the_wait(compiled):
     Where there is no wait they would only take registers: 256 threads that have 128 each fit on a multiprocessor twice.
     """
     results = [result for result in compiled["gluon"] if result["ready"]]
-    assert {result["ready"] for result in results} == {2, 4}
+    assert {result["ready"] for result in results} == {2, 3, 4}
     for result in results:
         if result["arch"] >= 90:
             assert result["made_before"] >= 16 * result["ready"], result

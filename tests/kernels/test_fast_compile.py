@@ -64,7 +64,8 @@ def hopper_variants():
             pointers["out_ptr"] = "fp32" if split > 1 else dtype
             options = {**extras, "GROUP_SIZE": 128, "SPLIT_K": split, "STAGES": stages, "num_warps": 8}
             yield k12_hopper.hopper_kernel, {"x_desc": (dtype, [height, 64])}, pointers, options
-        for m, n, k in ((16, 8192, 2048), (128, 2048, 2048), (64, 2048, 8192), (512, 2048, 2048), (16, 50257, 768)):
+        shapes = ((16, 8192, 2048), (128, 2048, 2048), (64, 2048, 8192), (512, 2048, 2048), (512, 8192, 2048))
+        for m, n, k in (*shapes, (16, 50257, 768)):
             options = {"HAS_BIAS": True, "GROUP_SIZE": 128, "num_warps": 4}
             options |= k22_two_rings.launch_options(m, n, k, options["GROUP_SIZE"])
             wide, split = options.pop("WIDE"), options["SPLIT_K"]
@@ -139,6 +140,14 @@ def test_lessons_12_and_22_wait_for_the_product_before_the_last(compiled):
         if async_loop:
             # One behind the loop, of each of two warpgroups at most.
             assert result["waits_for_every_product"] <= 2, result
+
+
+def test_lesson_22_has_a_multiprocessor_to_itself_where_it_may(compiled):
+    """With 128 tokens: 128 programs' rings leave no room for a second one, those of 256 programs do."""
+    results = [result for result in compiled["hopper"] if result["kernel"] == "two_rings_kernel"]
+    shared = {result["shared"] for result in results if result["tiles"]["x_desc"][1][1] == 128}
+    half = (228 - 2) * 1024 // 2  # of an H100's, of which each program takes 1 KB more
+    assert min(shared) <= half < max(shared)
 
 
 if __name__ == "__main__":
