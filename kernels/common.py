@@ -29,6 +29,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CP
 
 ON_NVIDIA = torch.cuda.is_available() and torch.version.cuda is not None  # where inline PTX assembly runs
 
+H200 = 132  # multiprocessors: of what launch options were measured on
+
 # The interpreter gets bfloat16 arithmetic wrong without saying so; a GPU does not.
 ACTIVATION_DTYPES = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
 
@@ -59,6 +61,12 @@ def is_hopper(device: torch.device) -> bool:
 def has_mma(device: torch.device) -> bool:
     """Whether `device` can run lessons 17, 18 and 20: an NVIDIA GPU whose tensor cores know mma.sync with bf16."""
     return ON_NVIDIA and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has: an H200 132, as an H100 has, but as a PCIe card 114. Cached, as above."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache

@@ -304,12 +304,12 @@ def hopper_kernel(
     )
 
 
-def launch_options(m: int, n: int, k: int) -> dict[str, int] | None:
+def launch_options(m: int, n: int, k: int, multiprocessors: int = common.H200) -> dict[str, int] | None:
     """The tallest tiles that still make enough programs for the machine; None where none do, and lesson 9 is better."""
     for block_m in (256, 128, 64):
         tiles = common.cdiv(m, block_m) * common.cdiv(n, BLOCK_N)
         # Sharing a tile costs a round trip of its sums: only where each part is still 32 steps long.
-        split = 1 if block_m == 256 else max(1, min(4, 132 // tiles, k // BLOCK // 32))
+        split = 1 if block_m == 256 else max(1, min(4, multiprocessors // tiles, k // BLOCK // 32))
         split = 2 ** (split.bit_length() - 1)
         if tiles * split >= 100 and block_m <= max(64, m):
             return {"BLOCK_M": block_m, "SPLIT_K": split, "STAGES": 4 if block_m == 256 else 8}
@@ -339,7 +339,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out.view(*x.shape[:-1], n)
-    options = launch_options(m, n, k) or {"BLOCK_M": 64, "SPLIT_K": 1, "STAGES": 8}
+    options = launch_options(m, n, k, common.multiprocessors(x.device)) or {"BLOCK_M": 64, "SPLIT_K": 1, "STAGES": 8}
     tiles = common.cdiv(m, options["BLOCK_M"]) * common.cdiv(n, BLOCK_N)
     split = options["SPLIT_K"] > 1
     parts = torch.empty((options["SPLIT_K"], m, n), dtype=torch.float32, device=x.device) if split else out

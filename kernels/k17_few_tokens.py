@@ -282,8 +282,9 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     if k > most_columns:
         raise ValueError(f"x has shape {list(x.shape)}, for {m} tokens K is at most {most_columns}")
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    if m == 1 and in_passes(n, k):
-        kernel, options = passes_kernel, pass_options(n, k)
+    multiprocessors = common.multiprocessors(x.device)
+    if m == 1 and in_passes(n, k, multiprocessors):
+        kernel, options = passes_kernel, pass_options(n, k, multiprocessors)
     else:
         kernel, options = few_tokens_kernel, {"BLOCK_M": block_m, **launch_options(k)}
     kernel[(common.cdiv(n, TILE_ROWS),)](
@@ -304,24 +305,24 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     return out.view(*x.shape[:-1], n)
 
 
-def in_passes(n: int, k: int) -> bool:
+def in_passes(n: int, k: int, multiprocessors: int = common.H200) -> bool:
     """Whether one token's product with a weight [n, k] is made in passes: rows too long for registers, or too many.
 
-    With more than 4096 columns in registers there is room for one program of 16 rows on each of an H200's 132
-    multiprocessors, with 4096 for two.
+    With more than 4096 columns in registers there is room for one program of 16 rows on each of the multiprocessors,
+    with 4096 for two.
     """
-    most_rows = 132 * TILE_ROWS * (2 if k == 4096 else 1)
+    most_rows = multiprocessors * TILE_ROWS * (2 if k == 4096 else 1)
     return k > MOST_COLUMNS or (k >= 4096 and n > most_rows)
 
 
-def pass_options(n: int, k: int) -> dict[str, int]:
+def pass_options(n: int, k: int, multiprocessors: int = common.H200) -> dict[str, int]:
     """How many passes there are, blocks of 64 columns a warp and pass, and warps: so that all programs run at once.
 
-    Where that can be. An H200's 132 multiprocessors have registers for 32 warps each with two blocks a warp and pass,
-    for 16 or more with four.
+    Where that can be. A multiprocessor has registers for 32 warps with two blocks a warp and pass, for 16 or more with
+    four.
     """
     warps = 4 if k <= 4096 else 8
-    step = 4 if common.cdiv(n, TILE_ROWS) * warps <= 132 * 16 else 2
+    step = 4 if common.cdiv(n, TILE_ROWS) * warps <= multiprocessors * 16 else 2
     columns = BLOCK * step * warps
     return {"PASSES": common.cdiv(k, columns), "EVEN": k % columns == 0, "STEP": step, "num_warps": warps}
 

@@ -161,7 +161,6 @@ RINGS = {
 }
 # The same for 128 tokens, if each program may have a multiprocessor: then it should, and no second one fits beside it.
 ALONE = (2, 3, 4)
-MULTIPROCESSORS = 132  # of an H200
 FEWEST_PROGRAMS = {128: 100, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
 
 
@@ -408,20 +407,20 @@ def two_rings_kernel(
         )
 
 
-def launch_options(m: int, n: int, k: int, group_size: int) -> dict[str, int]:
+def launch_options(m: int, n: int, k: int, group_size: int, multiprocessors: int = common.H200) -> dict[str, int]:
     """The tallest tiles that still make enough programs for the machine, and who shares K."""
     height = next(height for height in (16, 32, 64, 128) if height >= min(m, 128))
     while True:
         tiles = common.cdiv(n, ROWS.value) * common.cdiv(m, height)
-        # A program for each multiprocessor, if they can be had. A part is 2048 columns long or longer.
-        split = max(1, min(MULTIPROCESSORS // tiles, k // 2048))
-        split = 2 ** (split.bit_length() - 1)
+        # 128 programs or more; with 128 tokens no more than there are multiprocessors. Parts of 2048 columns or more.
+        split = multiprocessors // tiles if height == 128 else common.cdiv(128, tiles)
+        split = 2 ** (max(1, min(split, k // 2048)).bit_length() - 1)
         if tiles * split >= FEWEST_PROGRAMS[height]:
             break
         height //= 2
     # Two share K where one could not hide its loads: with little to multiply, or a long way to go.
     shares = 2 if tiles * split * height <= (8192 if k // split >= 4096 else 4096) else 1
-    wide, stages, slots = ALONE if height == 128 and tiles * split <= MULTIPROCESSORS else RINGS[shares, height]
+    wide, stages, slots = ALONE if height == 128 and tiles * split <= multiprocessors else RINGS[shares, height]
     while wide > 1 and (wide * BLOCK) % group_size and group_size % (wide * BLOCK):  # a step would cut groups in two
         wide, stages, slots = wide // 2, stages * 2, slots * 2
     options = {"BLOCK_M": height, "WIDE": wide, "SPLIT_K": split, "SHARES": shares, "STAGES": stages, "SLOTS": slots}
@@ -453,7 +452,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out.view(*x.shape[:-1], n)
-    options = launch_options(m, n, k, weight.group_size)
+    options = launch_options(m, n, k, weight.group_size, common.multiprocessors(x.device))
     height, wide, split = options.pop("BLOCK_M"), options.pop("WIDE"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     two_rings_kernel[(common.cdiv(n, ROWS.value), common.cdiv(m, height), split)](

@@ -230,6 +230,15 @@ def test_tiles_of_two_rings(m, n, k, options):
     assert (chosen["BLOCK_M"], chosen["SPLIT_K"], chosen["SHARES"]) == options
 
 
+@pytest.mark.parametrize(("multiprocessors", "height", "split"), [(132, 128, 4), (114, 64, 2)])
+def test_programs_of_two_rings_that_have_a_multiprocessor_each(multiprocessors, height, split):
+    """An H100 as a PCIe card has fewer, and 128 programs would take two rounds."""
+    chosen = k22_two_rings.launch_options(128, 2048, 8192, 128, multiprocessors)
+    assert (chosen["BLOCK_M"], chosen["SPLIT_K"]) == (height, split)
+    alone = k22_two_rings.launch_options(128, 8192, 2048, 128, multiprocessors)
+    assert ((alone["WIDE"], alone["STAGES"], alone["SLOTS"]) == k22_two_rings.ALONE) == (multiprocessors >= 128)
+
+
 @pytest.mark.parametrize("group_size", [64, 128, 192, 320, 512, 1024])
 def test_two_rings_has_options_for_every_shape(group_size):
     for m in (1, 9, 16, 17, 33, 65, 129, 1000):
