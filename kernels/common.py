@@ -65,8 +65,11 @@ def has_mma(device: torch.device) -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has: an H200 132, as an H100 has, but as a PCIe card 114. Cached, as above."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """How many multiprocessors a GPU has: an H200 132, as an H100 has, but as a PCIe card 114. Cached, as above.
+
+    In the interpreter as many as an H200, so that lessons choose alike.
+    """
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else H200
 
 
 @functools.cache

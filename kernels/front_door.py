@@ -100,7 +100,7 @@ DEQUANTIZERS = {
 
 
 @functools.lru_cache(maxsize=4096)  # every matmul asks
-def choose_lesson(gpu: str, activation_bits: int, m: int, n: int, k: int, group_size: int) -> str:
+def choose_lesson(gpu: str, activation_bits: int, m: int, n: int, k: int, group_size: int, multiprocessors: int) -> str:
     """The name of the lesson's module that RULES gives for x [m, k] and a weight [n, k]."""
     return next(
         rule.lesson
@@ -112,16 +112,16 @@ def choose_lesson(gpu: str, activation_bits: int, m: int, n: int, k: int, group_
         and group_size % rule.group_unit == 0
         and n <= rule.most_rows
         and k <= rule.most_columns
-        and fill(m, n) >= rule.least_fill
+        and fill(m, n, multiprocessors) >= rule.least_fill
         and m * n <= rule.most_outputs
         and m * n * k <= rule.most_work
     )
 
 
-def fill(m: int, n: int) -> float:
-    """The share of an H200's 132 multiprocessors that have a tile of 256 x 128 of out [m, n], over all rounds."""
+def fill(m: int, n: int, multiprocessors: int) -> float:
+    """The share of the multiprocessors that have a tile of 256 x 128 of out [m, n], over all rounds."""
     tiles = -(-m // 256) * -(-n // 128)
-    return tiles / (-(-tiles // 132) * 132)
+    return tiles / (-(-tiles // multiprocessors) * multiprocessors)
 
 
 @functools.cache
@@ -306,7 +306,8 @@ def int4_matmul(
         return x.new_empty((*x.shape[:-1], n))
     lesson = REFERENCE
     if _serves(x):
-        lesson = choose_lesson(architecture(x.device), activation_bits, m, n, in_features, group_size)
+        gpu, count = architecture(x.device), _multiprocessors(x.device)
+        lesson = choose_lesson(gpu, activation_bits, m, n, in_features, group_size, count)
     if lesson == REFERENCE:
         return matmul_reference(x.contiguous(), restore(weight), bias, activation_bits)
     with torch.cuda.device_of(x):
@@ -355,6 +356,13 @@ def _serves(x: Tensor) -> bool:
         return False
     old = architecture(x.device).startswith("sm_7")
     return x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not old)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    from kernels import common  # with Triton, only here
+
+    return common.multiprocessors(device)
 
 
 def _run(lesson: str, x: Tensor, weight: PreparedWeight, bias: Tensor | None) -> Tensor:

@@ -89,7 +89,7 @@ def relative_error(out, expected):
     ],
 )
 def test_choose_lesson(gpu, bits, m, n, k, group_size, lesson):
-    assert front_door.choose_lesson(gpu, bits, m, n, k, group_size) == lesson
+    assert front_door.choose_lesson(gpu, bits, m, n, k, group_size, 132) == lesson
 
 
 # What their launchers refuse: group sizes that are no multiples of 64, more tokens, longer rows.
@@ -102,14 +102,20 @@ def test_no_rule_picks_a_lesson_that_refuses(gpu, group_size):
     for m in (1, 2, 8, 9, 16, 17, 32, 33, 80, 81, 256, 257, 384, 385, 1024, 1025, 4095, 4096, 100_000):
         for n in (1, 3, 64, 201, 768, 2048, 4096, 4097, 5120, 5121, 8192, 50257):
             for k in [group_size * groups for groups in (1, 2, 3, 5, 8, 16, 25, 32, 64, 128, 200)]:
-                lesson = front_door.choose_lesson(gpu, 16, m, n, k, group_size)
+                lesson = front_door.choose_lesson(gpu, 16, m, n, k, group_size, 132)
                 assert lesson not in OF_WHOLE_BLOCKS or (gpu == "sm_90" and group_size % 64 == 0)
                 assert lesson != "k10_gemv" or m == 1
                 if lesson == "k17_few_tokens":
                     assert m <= 16 and k <= (8192 if m <= 8 else 4096)
-                lesson = front_door.choose_lesson(gpu, 8, m, n, k, group_size)
+                lesson = front_door.choose_lesson(gpu, 8, m, n, k, group_size, 132)
                 assert lesson not in OF_WHOLE_BLOCKS or (gpu == "sm_90" and group_size % 64 == 0)
                 assert lesson != "k13_w4a8" or gpu != "sm_75"
+
+
+def test_lesson_12_is_chosen_where_its_tiles_fill_the_machine():
+    """128 tiles of 256 x 128 almost fill an H200; an H100 that is a PCIe card makes them in two rounds."""
+    lessons = [front_door.choose_lesson("sm_90", 16, 1024, 4096, 4096, 128, count) for count in (132, 114)]
+    assert lessons == ["k12_hopper", "k11_dequantize_gemm"]
 
 
 @pytest.mark.parametrize("lesson", sorted({rule.lesson for rule in front_door.RULES}))
