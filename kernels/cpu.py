@@ -150,7 +150,7 @@ def write_out(weight: QuantizedWeight) -> Tensor:
     """
     n, k = weight.out_features, weight.in_features
     pairs = weight.qweight.t().contiguous().view(torch.uint8).int()  # [N, K/2], the lower code in the lower 4 bits
-    pairs = pairs.bitwise_or_(pairs << 12).bitwise_and_(0x000F000F).bitwise_or_(0x43004300)
+    pairs = pairs.mul_(1 + 2**12).bitwise_and_(0x000F000F).bitwise_or_(0x43004300)  # a byte, and 12 bits up once more
     zeros = 128 + unpack(weight.qzeros.t(), n)  # [N, K/group_size]
     scales = weight.scales.t().to(torch.bfloat16)
     numbers = pairs.view(torch.bfloat16).view(n, -1, weight.group_size)

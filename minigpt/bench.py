@@ -10,11 +10,12 @@ its path, is loaded. Int4 is made in memory, by absmax. Every measurement is mer
 
 The protocol. decode: greedy, the choice of the token included, a static cache as long as the context and filled with
 random numbers, at the context's last 16 positions (`evaluate.step_rate`). prefill: the largest batch, as long as the
-model reads, with the loss of every token (`evaluate.scoring_rate`), on a GPU replayed from a graph, and for int4 once
-more with linear layers that may round inputs to 8 bits (w4a8). Medians. Before it is timed, a step's logits are
-compared with those of the plain model on the same weights, and its choice with the best of them. The roofline is the
-time in which a copy on the same device, in the same run, moves as many bytes as a step must read: all weights but the
-position embedding's, and the cache.
+model reads; on a GPU with the loss of every token (`evaluate.scoring_rate`), replayed from a graph, and for int4 once
+more with linear layers that may round inputs to 8 bits (w4a8); on a CPU as prompts are read (`evaluate.prefill_rate`),
+since what a text scores is computed in float32 there, whatever the weights. Medians. Before it is timed, a step's
+logits are compared with those of the plain model on the same weights, and its choice with the best of them. The
+roofline is the time in which a copy on the same device, in the same run, moves as many bytes as a step must read: all
+weights but the position embedding's, and the cache.
 """
 
 import argparse
@@ -255,7 +256,10 @@ def measure(
     tokens = torch.arange(batch_size * length, device=args.device) % model.config.vocab_size
     for how, bits in prefill_ways(labels["weights"], args.device).items():
         set_activation_bits(model, bits)
-        rate = evaluate.scoring_rate(model, tokens, length, batch_size, SECONDS)
+        if how == "eager":
+            rate = evaluate.prefill_rate(model, tokens, length, SECONDS, batch_size)
+        else:
+            rate = evaluate.scoring_rate(model, tokens, length, batch_size, SECONDS)
         yield {
             **labels,
             **{"what": "prefill", "batch": batch_size, "context": length, "how": how, "tokens_per_second": rate},

@@ -412,7 +412,7 @@ def decode(on_cpu: bool = False) -> str:
 
 
 def prefill(on_cpu: bool = False) -> str:
-    """Tokens a second when reading, with the loss of each: a table for each GPU, a line for each model."""
+    """Tokens a second when reading: a table for each device, a line for each model."""
 
     def table(groups: dict[tuple[Any, ...], Group]) -> str:
         """The table of a GPU."""
@@ -429,7 +429,7 @@ def prefill(on_cpu: bool = False) -> str:
             for (model, batch, context, embedding, group_size), group in groups.items()
         ]
         names = [*(name.removesuffix(" eager") for *_, name in columns), "int4 / floating point"]
-        note = "Tokens a second, with the loss of every token."
+        note = f"Tokens a second, {'of prompts, all at once' if on_cpu else 'with the loss of every token'}."
         rows = [row for group in groups.values() for row in group.values()]
         return markdown(["model", "tokens", "embedding", "groups", *names], cells) + f"\n\n{note} {provenance(rows)}"
 

@@ -169,11 +169,11 @@ def test_rates_count_the_tokens_of_all_sequences(monkeypatch):
 
 
 def test_prefill_reads_the_largest_batch_and_as_much_as_the_model_can(folder, monkeypatch):
-    def scoring_rate(model, tokens, length, batch_size, seconds):
+    def prefill_rate(model, tokens, length, seconds, batch_size):
         assert len(tokens) == length * batch_size and tokens.max() < V
         return float(length * batch_size)
 
-    monkeypatch.setattr(evaluate, "scoring_rate", scoring_rate)
+    monkeypatch.setattr(evaluate, "prefill_rate", prefill_rate)
     rows = decode(monkeypatch, "--batch-sizes", 2, 3, 1, "--contexts", 4)
     prefill = [row for row in rows if row["what"] == "prefill"]
     assert [(row["batch"], row["context"], row["tokens_per_second"]) for row in prefill] == [(3, T, 3.0 * T)] * 3
