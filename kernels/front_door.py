@@ -28,6 +28,7 @@ HAS_TRITON = find_spec("triton") is not None
 ANY_GPU = ""
 ANY_NUMBER = 2**63
 REFERENCE = "k00_reference"
+VENDORS = "k11_dequantize_gemm"  # leaves the product to torch
 
 
 class Rule(NamedTuple):
@@ -72,7 +73,7 @@ class Rule(NamedTuple):
 # least of it.
 RULES = (
     Rule("sm_90", 8, ANY_NUMBER, 2**32, 64, "k23_w4a8_rings"),
-    Rule("sm_7", 8, ANY_NUMBER, 2**32, 16, "k11_dequantize_gemm"),  # too old for lesson 13
+    Rule("sm_7", 8, ANY_NUMBER, 2**32, 16, VENDORS),  # too old for lesson 13
     Rule(ANY_GPU, 8, ANY_NUMBER, 2**32, 16, "k13_w4a8"),
     Rule("sm_90", 16, 1, 0, 64, "k17_few_tokens", most_columns=8192),
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=4096),
@@ -88,13 +89,13 @@ RULES = (
     Rule("sm_90", 16, 1024, 0, 64, "k12_hopper", least_fill=0.75),
     Rule("sm_90", 16, 4095, 0, 64, "k12_hopper", least_fill=0.9),
     Rule(ANY_GPU, 16, 256, 0, 16, "k09_split_k"),
-    Rule(ANY_GPU, 16, ANY_NUMBER, 0, 16, "k11_dequantize_gemm"),
+    Rule(ANY_GPU, 16, ANY_NUMBER, 0, 16, VENDORS),
 )
 MEASURED = ("sm_90",)
 INT8_LESSON_TOKENS = 16  # lesson 16 multiplies this many; more are better served by the vendor's matmul
 DEQUANTIZERS = {
     QuantizedWeight: "k02_dequantize",
-    PreparedWeight: "k11_dequantize_gemm",
+    PreparedWeight: VENDORS,
     Int8Weight: "k16_int8_rows",
 }
 
@@ -187,7 +188,7 @@ def matmul(
     Args:
         x: float16, bfloat16 or float32 [..., K], on the weight's device; on a GPU float32 is served by the reference.
         weight: of [N, K].
-        bias: floating [N]; taken in x's dtype.
+        bias: floating [N].
         activation_bits: 16 multiplies x as it is; 8 allows rounding each token to 255 levels first (W4A8), which costs
             some accuracy, and which a GPU does where it is faster: with many tokens and large weights. (There the
             weight is rounded to 255 levels a row, too. Elsewhere tokens are rounded whatever their number, so that one
@@ -200,7 +201,7 @@ def matmul(
         ValueError: naming the shape, dtype or number of bits that does not fit.
     """
     _check(x, weight, bias, activation_bits)
-    if bias is not None:
+    if bias is not None and not x.is_cuda:
         bias = bias.to(x.dtype)
     if isinstance(weight, CPUWeight):
         if activation_bits == 16 and cpu.serves(x):
@@ -308,6 +309,9 @@ def int4_matmul(
     if _serves(x):
         gpu, count = architecture(x.device), _multiprocessors(x.device)
         lesson = choose_lesson(gpu, activation_bits, m, n, in_features, group_size, count)
+    # Lessons take a bias of any dtype, and may read it before they wait for the kernel ahead, such as one that casts.
+    if bias is not None and lesson in (REFERENCE, VENDORS):
+        bias = bias.to(x.dtype)
     if lesson == REFERENCE:
         return matmul_reference(x.contiguous(), restore(weight), bias, activation_bits)
     with torch.cuda.device_of(x):

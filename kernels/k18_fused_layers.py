@@ -261,7 +261,7 @@ def add_joined(
 
     Args:
         parts: of one sequence, heads of 64 numbers, as `kernels.k19_attention.attend_in_parts` left them.
-        positions: int64 [1] (or [1, 1]), where the token stands. Read while the kernel ahead may still be running.
+        positions: int64 [1] (or [1, 1]), where the token stands. Read before the wait: see lesson 19's `attend`.
         weight, bias, stream, gamma: as in `add_matmul`.
     """
     launch(parts, weight, bias, stream.scaled, stream, gamma=gamma, positions=positions)

@@ -103,7 +103,7 @@ def attention_kernel(
     split = tl.program_id(2)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
-    position = tl.load(positions_ptr + b)  # written two kernels ago at least: no need to wait
+    position = tl.load(positions_ptr + b)  # written before the embedding, which waits: see lesson 18
     row = split * BLOCK_L + tl.arange(0, BLOCK_L)  # [BLOCK_L]
     seen = row < position
     cache = (b * H + head).to(tl.int64) * L * D
@@ -164,8 +164,9 @@ def attention_kernel(
 def attend(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts: Parts) -> Tensor:
     """Writes a new token's key and value into the cache, and attends from it to all up to itself.
 
-    The cache up to there, and `positions`, are read while the kernel ahead may still be running: whatever wrote them
-    must be further ahead than that, as in a decode step it is.
+    The cache up to there, and `positions`, are read before this kernel waits, while several ahead of it may still be
+    running (lesson 18). Between it and whatever wrote them must be a kernel that lets the next one in only behind its
+    own wait, such as the embedding or another layer's attention, or one of torch's.
 
     Args:
         qkv: float16 [B, 3C]: query, key and value of one new token for each sequence, C = H * D.

@@ -219,9 +219,24 @@ def test_quantize_activations():
     assert scales.tolist() == [[1.0], [0.0], [2.0]]
 
 
-def test_a_bias_of_another_dtype():
-    x, weight, bias, expected = problem(3, 64)
-    assert relative_error(kernels.matmul(x, weight, bias.half()), expected) < 1e-3
+OTHER = {torch.float32: torch.float16, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_of_another_dtype(form, dtype):
+    x, weight, bias, expected = problem(3, 64, dtype=dtype)
+    out = kernels.matmul(x, FORMS[form](weight), bias.to(OTHER[dtype]))
+    assert out.dtype == dtype and relative_error(out, expected) < max(1e-3, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 12, 64, 300, 2048])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_bias_of_another_dtype_on_a_gpu(m, dtype):
+    x, weight, bias, expected = problem(m, 256, n=128, group_size=64, dtype=dtype, device="cuda")
+    out = kernels.matmul(x, kernels.prepare(weight), bias.to(OTHER[dtype]))
+    assert out.dtype == dtype and relative_error(out, expected) < max(1e-3, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -393,6 +408,32 @@ def test_captured_in_a_graph(monkeypatch, tmp_path, autotune, activation_bits, m
 
 
 @pytest.mark.usefixtures("rounds")
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation_bits", [16, 8])
+@pytest.mark.parametrize("m", [1, 8, 16, 128, 1024])
+def test_a_chain_of_products_whose_launches_overlap(activation_bits, m):
+    """In a graph, where each launch lets the next one begin early, and as it is when each waits for the one ahead."""
+    shapes = [(2048, 8192), (2048, 2048), (8192, 2048)] * 3
+    weights = [kernels.prepare(kernels.quantize(torch.randn(n, k, device=DEVICE) / k**0.5, 64)) for n, k in shapes]
+    start = torch.randn(m, 8192, device=DEVICE).half()
+
+    def chain(after_each):
+        x = start
+        for weight in weights:
+            x = kernels.matmul(x, weight, None, activation_bits)
+            after_each()
+        return x
+
+    expected = chain(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(lambda: None)
+    for _ in range(20):
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("activation_bits", [16, 8])
