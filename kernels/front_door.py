@@ -201,7 +201,8 @@ def matmul(
         ValueError: naming the shape, dtype or number of bits that does not fit.
     """
     _check(x, weight, bias, activation_bits)
-    if bias is not None and not x.is_cuda:
+    on_gpu = HAS_TRITON and x.is_cuda
+    if bias is not None and not on_gpu:
         bias = bias.to(x.dtype)
     if isinstance(weight, CPUWeight):
         if activation_bits == 16 and cpu.serves(x):
@@ -209,7 +210,7 @@ def matmul(
             return out if bias is None else out + bias
         weight = weight.file
     if isinstance(weight, QuantizedWeight):
-        if not (HAS_TRITON and x.is_cuda):
+        if not on_gpu:
             return matmul_reference(x, weight, bias, activation_bits)
         weight = prepare(weight)
     return torch.ops.minigpt.int4_matmul(x, *weight, bias, activation_bits)

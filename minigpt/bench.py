@@ -12,10 +12,10 @@ The protocol. decode: greedy, the choice of the token included, a static cache a
 random numbers, at the context's last 16 positions (`evaluate.step_rate`). prefill: the largest batch, as long as the
 model reads; on a GPU with the loss of every token (`evaluate.scoring_rate`), replayed from a graph, and for int4 once
 more with linear layers that may round inputs to 8 bits (w4a8); on a CPU as prompts are read (`evaluate.prefill_rate`),
-since what a text scores is computed in float32 there, whatever the weights. Medians. Before it is timed, a step's
-logits are compared with those of the plain model on the same weights, and its choice with the best of them. The
-roofline is the time in which a copy on the same device, in the same run, moves as many bytes as a step must read: all
-weights but the position embedding's, and the cache.
+since int4 weights score a text in float32 there. Medians. Before it is timed, a step's logits are compared with those
+of the plain model on the same weights, and its choice with the best of them. The roofline is the time in which a copy
+on the same device, in the same run, moves as many bytes as a step must read: all weights but the position embedding's,
+and the cache.
 """
 
 import argparse
