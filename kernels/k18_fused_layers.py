@@ -51,7 +51,9 @@ and four lose up to 7%, but at 768 and position 1020, where they gain 4%. At 128
 where four lose 1 to gain 3 (results/attempts.json).
   The next kernel let in at once: a step of GPT-2 124M took 132 microseconds at 128 positions where it had taken 147,
 and 154 at 1024 (164); 140 was predicted. With that, four blocks made ready are better than two at 768 and 1024, too:
-123 and 145 microseconds of 124M, and 2 to 6% of medium. Eight sequences gain 5% or nothing, and 1600 still wants two.
+123 and 145 microseconds of 124M, and 2 to 6% of medium. XL's step at 1024 took 795 (825). Eight sequences of 124M gain
+5% or nothing, and of XL still want two blocks ready. Sizes between were not measured side by side: another day's large
+was 6% faster at 1024 positions and 4% slower at 128.
   How it stands against cancellation: gamma x is kept in fp16, so what the subtraction cancels is lost from its three
 digits. Where |mean| is ten times the deviation that costs one of them; below the deviation it hardly shows, and
 GPT-2's mean is a fraction of it.
