@@ -94,7 +94,7 @@ def parse_args() -> argparse.Namespace:
     if args.compile and not args.device.startswith("cuda"):
         raise UserError(f"--compile is for a GPU, and --device is {args.device}")
     if args.dataset is None:
-        args.dataset = "demo" if args.model == "demo" else "wikitext-2"
+        args.dataset = data.default_text(args.model)
     if args.json:
         check_file("--json", args.json)
     checkpoint.check_known(args.model)

@@ -28,7 +28,7 @@ HAS_TRITON = find_spec("triton") is not None
 ANY_GPU = ""
 ANY_NUMBER = 2**63
 REFERENCE = "k00_reference"
-VENDORS = "k11_dequantize_gemm"  # leaves the product to torch
+VENDORS = "k11_dequantize_gemm"  # leaves the product to the vendor's matmul, which wants one dtype
 
 
 class Rule(NamedTuple):
@@ -95,7 +95,7 @@ MEASURED = ("sm_90",)
 INT8_LESSON_TOKENS = 16  # lesson 16 multiplies this many; more are better served by the vendor's matmul
 DEQUANTIZERS = {
     QuantizedWeight: "k02_dequantize",
-    PreparedWeight: VENDORS,
+    PreparedWeight: "k11_dequantize_gemm",
     Int8Weight: "k16_int8_rows",
 }
 
@@ -201,16 +201,13 @@ def matmul(
         ValueError: naming the shape, dtype or number of bits that does not fit.
     """
     _check(x, weight, bias, activation_bits)
-    on_gpu = HAS_TRITON and x.is_cuda
-    if bias is not None and not on_gpu:
-        bias = bias.to(x.dtype)
     if isinstance(weight, CPUWeight):
         if activation_bits == 16 and cpu.serves(x):
             out = cpu.matmul_int4(x, weight)
-            return out if bias is None else out + bias
+            return out if bias is None else out + bias.to(x.dtype)
         weight = weight.file
     if isinstance(weight, QuantizedWeight):
-        if not on_gpu:
+        if not (HAS_TRITON and x.is_cuda):
             return matmul_reference(x, weight, bias, activation_bits)
         weight = prepare(weight)
     return torch.ops.minigpt.int4_matmul(x, *weight, bias, activation_bits)
@@ -258,6 +255,7 @@ def _check(
 
 def matmul_reference(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
     """`matmul` in plain torch, on any device; arguments and result are the same."""
+    bias = None if bias is None else bias.to(x.dtype)
     if activation_bits == 16:
         return torch.nn.functional.linear(x, dequantize_reference(weight, x.dtype), bias)
     codes, scales = quantize_activations(x)
@@ -310,11 +308,11 @@ def int4_matmul(
     if _serves(x):
         gpu, count = architecture(x.device), _multiprocessors(x.device)
         lesson = choose_lesson(gpu, activation_bits, m, n, in_features, group_size, count)
-    # Lessons take a bias of any dtype, and may read it before they wait for the kernel ahead, such as one that casts.
-    if bias is not None and lesson in (REFERENCE, VENDORS):
-        bias = bias.to(x.dtype)
     if lesson == REFERENCE:
         return matmul_reference(x.contiguous(), restore(weight), bias, activation_bits)
+    # The other lessons take a bias as it is, and may read it before they wait for the kernel ahead: for one that casts.
+    if bias is not None and lesson == VENDORS:
+        bias = bias.to(x.dtype)
     with torch.cuda.device_of(x):
         return _run(lesson, x, weight, bias)
 

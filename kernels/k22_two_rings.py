@@ -80,8 +80,8 @@ take 14.4). So ask the other way about: let each warpgroup read a clock before a
     16, 2048 x 8192            91             206            102         653           4098      2.2 us, add_up between
     128, 8192 x 2048          106             154             53         104            789      0.75 us
 
-    x came late, once      A barrier that need not be waited for takes 85 clocks. But in the sixth to ninth step of
-                           8192 x 8192 x let them wait for up to 2,200, some 3,000 in all. By then the next kernel's
+    x came late, once      A barrier that need not be waited for takes 85 clocks. But at steps 6 to 9 of 0 to 31,
+                           8192 x 8192, x let them wait for up to 2,200, some 3,000 in all. By then the next kernel's
                            programs had moved in, had asked for 8 steps of weight each, and x stood in line behind
                            them. Rings twice as long end that, but leave no room for the next kernel, and have x wait
                            behind this kernel's own weight: 3,700 clocks to the first x. Shorter ones it is: 6 steps

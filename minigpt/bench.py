@@ -42,7 +42,7 @@ from minigpt.model import GPT, KVCache
 from minigpt.quantization.convert import check_fits, fitting_group_sizes, quantize_model
 from minigpt.quantization.embedding import CHOICES, quantize_embedding
 from minigpt.quantization.fused_decode import fused_step
-from minigpt.quantization.linear import Int4Linear, Int4Weight, set_activation_bits
+from minigpt.quantization.linear import Int4Weight, set_activation_bits
 from minigpt.quantization.persistent_step import persistent_step
 from minigpt.quantization.rtn import METHODS
 from minigpt.step_profile import format_profile, profile_step
@@ -98,10 +98,10 @@ def config_of(name: str) -> GPTConfig:
     """
     if name in PRESETS:
         return PRESETS[name]
-    model = checkpoint.load(checkpoint.resolve(name), torch.float16)
-    if any(isinstance(module, Int4Linear) for module in model.modules()):
+    path = checkpoint.resolve(name)
+    if checkpoint.is_int4(path):
         raise UserError(f"{name} is an int4 checkpoint: give the fp one it was made from")
-    return model.config
+    return checkpoint.load(path, torch.float16).config
 
 
 def make_model(name: str, dtype: torch.dtype, device: str) -> GPT:

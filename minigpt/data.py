@@ -72,6 +72,11 @@ def load_text(dataset: str, split: Split = "test") -> str:
     return text
 
 
+def default_text(model: str) -> str:
+    """What a model is scored on if nothing else is asked for: the demo on a text like those that it has read."""
+    return "demo" if model == "demo" else "wikitext-2"
+
+
 def is_path(dataset: str) -> bool:
     """Whether `load_text` would read a file or a folder: there is one, and its name is not one of the texts'."""
     return dataset not in (*WIKITEXT, "demo", "") and Path(dataset).exists()

@@ -101,7 +101,7 @@ def parse_args() -> argparse.Namespace:
     check_calibration_arguments(args, args.method, calibrated)
     args.seed = args.seed or [0]
     if args.dataset is None:
-        args.dataset = "demo" if args.model == "demo" else "wikitext-2"
+        args.dataset = data.default_text(args.model)
     return args
 
 
