@@ -72,9 +72,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import common
-from kernels.stream import BLOCK_L, Parts, attend_reference
-
-MANY = 1024  # programs, about eight a multiprocessor
+from kernels.stream import BLOCK_L, Parts, attend_reference, part_length
 
 
 @triton.jit
@@ -189,8 +187,8 @@ def attend_in_parts(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, parts:
 
 def _launch(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor | None, parts: Parts) -> None:
     batch_size, heads, length, head_size = k.shape
-    grid = (heads, batch_size, common.cdiv(length, BLOCK_L))
-    attention_kernel[grid](
+    block_l, block_d = part_length(batch_size, length), parts.outs.shape[3]
+    attention_kernel[(heads, batch_size, common.cdiv(length, block_l))](
         qkv,
         k,
         v,
@@ -201,11 +199,11 @@ def _launch(qkv: Tensor, k: Tensor, v: Tensor, positions: Tensor, out: Tensor | 
         length,
         math.log2(math.e) / math.sqrt(head_size),
         D=head_size,
-        BLOCK_D=parts.outs.shape[3],
-        BLOCK_L=BLOCK_L,
+        BLOCK_D=block_d,
+        BLOCK_L=block_l,
         SPLITS=parts.logs.shape[2],
         JOIN=out is not None,
-        num_warps=4 if math.prod(grid) <= MANY else 2,
+        num_warps=4 if block_l == BLOCK_L else max(1, block_d // 64),
         **common.early_launch(),
     )
 

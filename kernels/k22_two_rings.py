@@ -153,15 +153,16 @@ ROWS = gl.constexpr(64)  # outputs a program: what one warpgroup's wgmma makes
 RINGS = {
     (2, 16): (4, 6, 6),
     (2, 32): (4, 6, 6),
-    (2, 64): (2, 6, 16),
+    (2, 64): (2, 6, 8),
     (1, 16): (4, 3, 5),
     (1, 32): (2, 4, 8),
     (1, 64): (2, 4, 8),
     (1, 128): (2, 3, 3),
 }
-# The same for 128 tokens, if each program may have a multiprocessor: then it should, and no second one fits beside it.
-ALONE = (2, 3, 4)
-FEWEST_PROGRAMS = {128: 100, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
+SHORT = (2, 8, 8)  # the same for two warpgroups and up to 32 tokens, where a program's rows are short
+ALONE = (2, 3, 4)  # and for 128 tokens, if each program may have a multiprocessor: then no second one fits beside it
+ALONE_LONG = (2, 5, 6)  # where its rows are long
+FEWEST_PROGRAMS = {128: 75, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
 
 
 @gluon.constexpr_function
@@ -412,21 +413,31 @@ def launch_options(m: int, n: int, k: int, group_size: int, multiprocessors: int
     height = next(height for height in (16, 32, 64, 128) if height >= min(m, 128))
     while True:
         tiles = common.cdiv(n, ROWS.value) * common.cdiv(m, height)
-        # 128 programs or more; with 128 tokens no more than there are multiprocessors. Parts of 2048 columns or more.
-        split = multiprocessors // tiles if height == 128 else common.cdiv(128, tiles)
-        split = 2 ** (max(1, min(split, k // 2048)).bit_length() - 1)
+        split = parts_of(k, height, multiprocessors // tiles)
         if tiles * split >= FEWEST_PROGRAMS[height]:
             break
         height //= 2
     # Two share K where one could not hide its loads: with little to multiply, or a long way to go.
     shares = 2 if tiles * split * height <= (8192 if k // split >= 4096 else 4096) else 1
-    wide, stages, slots = ALONE if height == 128 and tiles * split <= multiprocessors else RINGS[shares, height]
+    wide, stages, slots = RINGS[shares, height]
+    if shares == 2 and k // split <= 2048 and (height == 16 or (height == 32 and split == 1)):
+        wide, stages, slots = SHORT
+    if height == 128 and tiles * split <= multiprocessors:
+        wide, stages, slots = ALONE if k // split <= 4096 else ALONE_LONG
     while wide > 1 and (wide * BLOCK) % group_size and group_size % (wide * BLOCK):  # a step would cut groups in two
         wide, stages, slots = wide // 2, stages * 2, slots * 2
+    rounds = common.cdiv(k, BLOCK * wide * shares * unroll_of(wide))  # of steps; a program has whole ones, one at least
+    split = common.cdiv(rounds, common.cdiv(rounds, split))
     options = {"BLOCK_M": height, "WIDE": wide, "SPLIT_K": split, "SHARES": shares, "STAGES": stages, "SLOTS": slots}
     if shares == 1:
         options["maxnreg"] = 80 if height <= 32 else 128  # on average: 24 for the producer, for the others the rest
     return options
+
+
+def parts_of(k: int, height: int, most: int) -> int:
+    """How many programs share K: of 512 columns, or of 1024 with 128 tokens; one alone, if that spares it few."""
+    split = max(1, min(most, common.cdiv(k, max(512, 8 * height))))
+    return split if k - k // split > 1024 else 1
 
 
 def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from kernels.int8 import Int8Weight, dequantize_int8
 from kernels.k00_reference import dequantize_reference
 from kernels.prepared import BLOCK, TILE_ROWS, PreparedWeight, restore, row_scales_of
 
-BLOCK_L = 128  # positions of the cache that a program of lesson 19 attends to
+BLOCK_L = 128  # positions of the cache that a program of lesson 19 attends to, if there is one sequence
 
 
 class Stream(NamedTuple):
@@ -88,11 +88,16 @@ def gelu_reference(x: Tensor) -> Tensor:
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
+def part_length(batch_size: int, length: int) -> int:
+    """Positions that a program of lesson 19 attends to, in a cache of `length`: see there."""
+    return BLOCK_L // 2 if batch_size > 1 and length > BLOCK_L else BLOCK_L
+
+
 class Parts(NamedTuple):
     """Lesson 19's scratch: where the programs of a head leave what they found, for whoever joins it.
 
-    There is room for SPLITS parts, a power of two, at least one for each BLOCK_L positions of the cache. A part has as
-    much to say as its weights add up to.
+    There is room for SPLITS parts, a power of two, at least one for each `part_length` positions of the cache. A part
+    has as much to say as its weights add up to.
 
     Attributes:
         outs: fp16 [B, H, SPLITS, BLOCK_D], the weighted means of values.
@@ -108,7 +113,7 @@ class Parts(NamedTuple):
     def empty(cls, batch_size: int, n_head: int, head_size: int, length: int, device: torch.device) -> "Parts":
         """For a cache of `length` positions."""
         heads = (batch_size, n_head)
-        splits = next_power_of_2(-(-length // BLOCK_L))
+        splits = next_power_of_2(-(-length // part_length(batch_size, length)))
         outs = (*heads, splits, next_power_of_2(head_size))
         return cls(
             torch.empty(outs, dtype=torch.float16, device=device),

@@ -216,7 +216,12 @@ def test_every_tile_height_on_hopper(canary, lesson, m, n, k):
         (17, 8192, 2048, (32, 1, 2)),
         (64, 2048, 8192, (64, 4, 1)),
         (64, 8192, 8192, (64, 1, 2)),
-        (128, 512, 2048, (16, 1, 2)),
+        (16, 2048, 2048, (16, 4, 2)),
+        (32, 1600, 1600, (32, 4, 2)),
+        (64, 768, 3072, (64, 6, 1)),
+        (128, 512, 2048, (64, 4, 2)),
+        (128, 768, 768, (16, 1, 2)),
+        (128, 1600, 6400, (128, 5, 1)),
         (128, 2048, 8192, (128, 4, 1)),
         (128, 2048, 2048, (64, 1, 2)),
         (128, 8192, 8192, (128, 1, 1)),
@@ -230,7 +235,7 @@ def test_tiles_of_two_rings(m, n, k, options):
     assert (chosen["BLOCK_M"], chosen["SPLIT_K"], chosen["SHARES"]) == options
 
 
-@pytest.mark.parametrize(("multiprocessors", "height", "split"), [(132, 128, 4), (114, 64, 2)])
+@pytest.mark.parametrize(("multiprocessors", "height", "split"), [(132, 128, 4), (114, 128, 3), (78, 64, 1)])
 def test_programs_of_two_rings_that_have_a_multiprocessor_each(multiprocessors, height, split):
     """An H100 as a PCIe card has fewer, and 128 programs would take two rounds."""
     chosen = k22_two_rings.launch_options(128, 2048, 8192, 128, multiprocessors)
@@ -245,35 +250,50 @@ def test_two_rings_has_options_for_every_shape(group_size):
         for n in (1, 64, 2048, 4160, 8256, 50257):
             for k in (64, 2048, 4096, 16384):
                 chosen = k22_two_rings.launch_options(m, n, k, group_size)
-                assert chosen["SPLIT_K"] * 2048 <= max(k, 2048) and chosen["STAGES"] <= chosen["SLOTS"]
+                assert chosen["STAGES"] <= chosen["SLOTS"]
                 columns = 64 * chosen["WIDE"]
+                steps = -(-k // columns)
+                rounds = chosen["SHARES"] * (2 if chosen["WIDE"] == 1 else 1)  # steps in the kernel's loop's body
+                part = -(-steps // (chosen["SPLIT_K"] * rounds)) * rounds
+                assert (chosen["SPLIT_K"] - 1) * part < steps, "the last program would have nothing to do"
                 assert columns % group_size == 0 or group_size % columns == 0, "a step would cut a group"
 
 
 def test_rings_of_two_warpgroups_are_even():
     """Else a slot would change hands, and its new reader mistake the last round's delivery for its own."""
-    for (shares, _), (_, stages, slots) in k22_two_rings.RINGS.items():
-        assert stages % shares == 0 and slots % shares == 0
+    rings = [ring for (shares, _), ring in k22_two_rings.RINGS.items() if shares == 2]
+    for _, stages, slots in (*rings, k22_two_rings.SHORT):
+        assert stages % 2 == 0 and slots % 2 == 0
+
+
+OF_EVERY_RING = [  # M, N, K, group size
+    (16, 8195, 2048, 64),
+    (16, 2048, 8192, 1024),
+    (16, 4160, 6144, 128),
+    (5, 16448, 256, 64),
+    (20, 2048, 4096, 64),
+    (32, 8192, 512, 64),
+    (32, 8256, 960, 320),
+    (32, 8256, 192, 64),
+    (100, 2048, 2048, 512),
+    (64, 2048, 8192, 64),
+    (128, 2048, 8192, 128),
+    (128, 8192, 1920, 192),
+    (256, 8192, 2048, 128),
+    (512, 2048, 8192, 128),
+]
+
+
+def test_those_are_of_every_ring():
+    chosen = [k22_two_rings.launch_options(*problem) for problem in OF_EVERY_RING]
+    rings = {(options["WIDE"], options["STAGES"], options["SLOTS"]) for options in chosen}
+    alone = {k22_two_rings.ALONE, k22_two_rings.ALONE_LONG}
+    assert rings >= {*k22_two_rings.RINGS.values(), k22_two_rings.SHORT} | alone
 
 
 @needs_hopper
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("m", "n", "k", "group_size"),
-    [
-        (16, 8195, 2048, 64),
-        (16, 2048, 8192, 1024),
-        (32, 8192, 512, 64),
-        (32, 8256, 960, 320),
-        (32, 8256, 192, 64),
-        (100, 2048, 2048, 512),
-        (64, 2048, 8192, 64),
-        (128, 2048, 8192, 128),
-        (128, 8192, 1920, 192),
-        (256, 8192, 2048, 128),
-        (512, 2048, 8192, 128),
-    ],
-)
+@pytest.mark.parametrize(("m", "n", "k", "group_size"), OF_EVERY_RING)
 @pytest.mark.parametrize("dtype", common.ACTIVATION_DTYPES)
 def test_two_rings_with_every_ring(canary, m, n, k, group_size, dtype):
     x, weight, bias, expected = problem(m, n, k, group_size, dtype=dtype)

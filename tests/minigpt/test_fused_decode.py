@@ -9,7 +9,7 @@ from conftest import DEVICE
 
 import kernels
 from kernels import PreparedWeight
-from kernels.stream import BLOCK_L, next_power_of_2
+from kernels.stream import next_power_of_2, part_length
 from minigpt.config import GPTConfig
 from minigpt.decode import DecodeStep, greedy_way, model_logits, read_prompts
 from minigpt.model import GPT, KVCache
@@ -112,7 +112,8 @@ def test_one_object_for_batches_and_caches_of_any_size():
         state = read(model, twin, lengths, room)
         check_steps(step, twin, state, n_steps=2)
         length = state[2].k[0].shape[2]
-        assert step.parts[len(state[0]), length].logs.shape[2] == next_power_of_2(-(-length // BLOCK_L))
+        parts = -(-length // part_length(len(state[0]), length))
+        assert step.parts[len(state[0]), length].logs.shape[2] == next_power_of_2(parts)
 
 
 def test_up_to_the_last_position():
