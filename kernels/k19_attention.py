@@ -6,8 +6,8 @@ Run it:  python -m kernels.k19_attention --check     (against float64; needs no 
 THE IDEA. A new token asks every key in the cache, and takes the values' weighted mean: for a head, L keys and L values
 of 64 numbers. There is one query a head, so nothing to share and no tensor core to fill: it is a matrix-vector product
 twice, with a softmax between. GPT-2 124M has 12 heads, an H200 132 multiprocessors. A program a head would leave most
-of them idle and walk along the context step by step; so a head gets a program for each 128 positions (Dao et al. 2023,
-"Flash-Decoding for long-context inference"):
+of them idle and walk along the context step by step; so a head gets a program for each 128 positions, or 64 if there
+are several sequences (Dao et al. 2023, "Flash-Decoding for long-context inference"):
 
     head h   | 0..127 | 128..255 | 256..383 | ...     each: scores, their largest, weights, their total, weighted sum
                  |         |          |
@@ -35,12 +35,12 @@ and if parts are joined here, a store, a counter and a load, each a trip to the 
 MEASURED on an H200 (results/k19_attention.json: command, versions, date), microseconds, parts joined here, in fp32:
 
     heads, length      12, 128     12, 512     12, 1024    25, 128     25, 512     25, 1024
-    one sequence       1.9         3.0         3.4         2.0         3.3         4.5
-    eight              2.4         6.2         9.2         3.3         11.3        17.2
-    torch, one         20          23          23          20          23          25
+    one sequence       1.9         3.1         3.5         2.0         3.4         4.6
+    eight              2.4         5.9         8.5         3.4         10.9        18.3
+    torch, one         20          23          23          20          24          25
 
 torch's own takes a mask, two copies into the cache and its attention kernel, in fp16. Eight sequences of 1024 reach
-65 to 73% of the memory's pace; one is all chain, as predicted.
+68 to 70% of the memory's pace; one is all chain, as predicted.
   A whole step (results/attempts.json), microseconds, with parts joined here and joined by the projection:
 
     position           124 of 128     508 of 512     1020 of 1024
@@ -51,10 +51,19 @@ torch's own takes a mask, two copies into the cache and its attention kernel, in
 Predicted for XL at 1020: 870. Joining brings what it should, a microsecond a layer; lesson 20's output layer brought 6
 microseconds in place of 10. What GPT-2 124M loses at 1020 is not understood. A single part is not left to the
 projection: in a cache of 128, at position 104, XL lost 8 microseconds by it, at 124 it won 5.
-  Two warps a program in place of four: where there are many programs, each needs less of a hurry, and waits less for
-its own. A step for eight sequences of 1024 took 1,853 microseconds in place of 1,898 (XL) and 1,120 in place of 1,195
-(large); at 512 large lost 42, and so do steps for one sequence. So two for more than 1024 programs; the table above
-is from before that.
+  Several sequences want smaller programs. Four warps with 128 positions, or two, meet at 20 barriers, and each warp
+waits for the slowest; one warp with 64 positions meets nobody, and a multiprocessor has room for twelve such. A step
+in parts of 128 positions with four warps (two where there are more than 1024 programs), and of 64 with one
+(results/attempts.json):
+
+    eight sequences    124M, 512   124M, 1024   medium, 1024   large, 1024   XL, 512   XL, 1024
+    of 128             250         286          640            1101          1415      1766
+    of 64              230         266          617            1061          1357      1729
+
+Parts of 32 are as good for large and XL, but not for 124M (277). One sequence loses up to 8% by it, and so do eight in
+a cache of 128 (124M: 198 in one part, 211 in two). Hence `part_length`. Alone, kernel behind kernel, it gains nothing:
+18.3 microseconds at 25 heads and 1024 positions, another day 17.2 with parts of 128. What counts in a step is how it
+begins and ends beside its neighbours.
   Tried and failed (results/attempts.json). A program a head: a step of GPT-2 124M at position 1000 took 226
 microseconds, and takes 169. Programs that have nothing to do, and there are many, fetching the MLP's weights into the
 L2 cache meanwhile: a step of XL took 970 microseconds, without that 863. A step does not wait for bytes.

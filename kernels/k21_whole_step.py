@@ -38,8 +38,9 @@ step at positions 100, 500 and 1000:
     five kernels a block   136.6   151.8   161.2    286.5   321.9   334.4     809.8    887.0    932.2
     one kernel             149.7   159.6   160.6    317.2   333.3   355.3    1044.6   1080.1   1134.9
 
-(Five kernels have since become faster, as the projection joins the parts of attention, lesson 19: 130, 143 and 159 for
-124M, 799, 852 and 882 for XL, at positions 124, 508 and 1020. results/decode.json has both ways side by side.)
+(Five kernels have since become faster, as the projection joins the parts of attention, lesson 19, and each lets the
+next one in at once, lesson 18: 124, 134 and 150 for 124M, 697, 739 and 787 for XL, in contexts of 128, 512 and 1024.
+results/decode.json has both ways.)
 
 Not faster: up to 11% slower at 124M and medium, level at 124M's position 1000, and 22 to 29% slower at XL. So
 `FusedStep` remains what programs get. Why? Waits alone, with nothing between (`--bench`), take 0.94 microseconds for

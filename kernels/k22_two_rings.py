@@ -27,7 +27,7 @@ tensor cores, 4.7 microseconds. Each program reads all of x, 0.5 MB, from the L2
 microseconds at 6 to 8 TB/s. So 9 or 10, where lesson 12 takes 14.8 and fp16 11.4.
   With few tokens there is another price. A step is a chain: wait for the barriers, fetch the codes from shared memory,
 make operands of them, start the products. A block of 64 columns at a time takes 400 to 500 clocks however few tokens
-there are, and 8192 columns are 128 of them. So a step has 4 blocks with up to 32 tokens and 2 with more: the
+there are, and 8192 columns are 128 of them. So a step has two blocks, and four where rows are long and tokens few: the
 machine code has 84 instructions a block in place of 100, a quarter of the barriers, and 110 clocks.
 
 WHO READS WHAT. A block of a row tile is 512 bytes in one piece (kernels.prepared), a program's 64 rows are four of
@@ -44,20 +44,21 @@ Where a multiprocessor has a single program with few tokens, one warpgroup is to
 share K then, a step each in turn, and the second one's sums go through shared memory to the first. (Each ring has an
 even number of steps for them, so that each has slots of its own. A barrier shows no more than whether the number of
 deliveries is odd or even. In a slot that changed hands, one would miss a delivery, and take the next for the last.)
-Where K is long and there are few tiles, programs share K as in lesson 12, and `parts.py` adds up.
+Where there are few tiles, programs share K as in lesson 12, and `parts.py` adds up: as many as there is room for, with
+512 columns or so for each (`parts_of`).
 
 MEASURED on an H200 (results/k22_two_rings.json: command, versions, date; group size 128), microseconds (times fp16):
 
     N x K           512x2048     2048x2048     8192x2048     2048x8192     8192x8192
-    M = 16        3.6 (1.61)    3.7 (1.63)    5.7 (1.86)    7.7 (1.75)   15.5 (2.18)
-    M = 32        3.6 (1.64)    3.9 (1.59)    6.7 (1.62)    8.8 (1.58)   17.4 (1.97)
-    M = 64        3.6 (1.63)    4.3 (1.48)    6.8 (1.79)    9.4 (1.50)   21.2 (1.69)
-    M = 128       3.8 (1.56)    5.4 (1.24)    9.0 (1.26)   13.4 (1.17)   31.9 (1.18)
-    M = 256       4.2 (1.44)    6.2 (1.09)   14.8 (0.98)   18.1 (1.14)   59.4 (0.84)
-    M = 512       5.3 (1.21)    8.8 (1.04)   28.5 (0.90)   29.7 (0.96)  119.2 (0.77)
+    M = 16        3.0 (1.92)    3.6 (1.69)    4.8 (2.21)    5.8 (2.37)   13.3 (2.52)
+    M = 32        3.1 (1.98)    3.5 (1.73)    5.0 (2.15)    6.7 (2.07)   14.7 (2.34)
+    M = 64        3.1 (1.87)    4.0 (1.53)    6.8 (1.71)    7.8 (1.83)   18.3 (1.95)
+    M = 128       3.7 (1.58)    5.3 (1.24)    8.5 (1.34)   10.6 (1.48)   29.4 (1.27)
+    M = 256       3.9 (1.52)    6.1 (1.10)   13.6 (1.06)   16.0 (1.37)   49.4 (1.01)
+    M = 512       5.2 (1.22)    8.0 (1.16)   26.9 (0.94)   26.2 (1.14)  110.6 (0.88)
 
 The best of the lessons before took, with 128 tokens, 5.1, 9.3, 14.8, 19.7 and 40.6 (results/attempts.json); with 16,
-18.7 of 8192 x 8192 (results/k09_split_k.json). Large layers with hundreds of tokens are not its: the front door leaves
+18.7 of 8192 x 8192. Large layers with hundreds of tokens are not its: the front door leaves
 them to lessons 11 and 12.
 
 Steps of one block took 20.8 microseconds for 16 tokens of 8192 x 8192, 9.4 of 2048 x 8192 and 5.8 of 8192 x 2048; for
@@ -93,8 +94,20 @@ take 14.4). So ask the other way about: let each warpgroup read a clock before a
                            steps in the rings, which leave no room for a second program, take 8.6 microseconds, 3 and 3,
                            which do, 9.8 (ALONE; 8192 x 2048). Four parts of 2048 x 8192 rather than two: 10.8.
 
-Altogether, where the table is from before that: 5.3, 6.0 and 13.6 microseconds with 16 tokens of the last three layers,
-6.1, 6.9 and 14.9 with 32, 8.6, 10.8 and 32.5 with 128; 8.0 for 8.8 with 512 of 2048 x 2048 (results/attempts.json).
+And two things that no clock told (results/attempts.json; the times before and after, side by side):
+
+    parts                  had 2048 columns or more. But to add them up costs about a microsecond, and so do 20 blocks.
+                           In parts of 512 columns 16 tokens of 768 x 3072 take 2.9 microseconds for 4.9, of 1600 x 6400
+                           4.5 for 6.7, and 128 tokens of that 8.5 for 14.0. Being spared less than 1024 columns does
+                           not pay (1280 x 1280 in two: 3.2 for 2.9). 128 tokens have more to add up: parts of 1024
+                           (2048 x 2048 in four parts of 512: 6.1 for 5.3).
+    short rows             of 8192 x 2048 are eight steps of four blocks, four for each warpgroup; and the first cannot
+                           begin before all of its four are there. Steps of two blocks (SHORT): 4.7 for 5.3 with 16
+                           tokens, 5.0 for 6.0 with 32. Long rows are faster with four (13.4 for 14.8, 16 tokens of
+                           8192 x 8192), and so are 32 tokens in parts (6.7 for 8.5, 2048 x 8192), we do not know why.
+                           Long rows with 128 tokens, a multiprocessor to each program, want rings of 5 and 6 steps
+                           (28.8 for 31.6, 8192 x 8192), short ones 3 and 4.
+
   A surprise, still with one block a step: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer
 of them, weight and x, through the L2 cache than 64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2
 microseconds where those took 9.8. Nor is it the number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64
@@ -109,11 +122,14 @@ But then the sums of one group must wait in registers while those of the next ar
 the assembler waits behind every product, or, where the compiler saw no harm in copying such sums, they were copied
 before they were there, and a third of the result was wrong; nor was it faster (14.2 for 14.2 at 8192 x 8192).
   mma.sync, lesson 17's instruction, in place of wgmma, with 16 tokens: 15.4 for 13.6 at 8192 x 8192 (11 to 11.5 was
-predicted), 4.7 for 5.3 at 8192 x 2048. Sums of their own for each 16 columns, so that no product need wait for the one
-before: no faster. To give a stage of x back before the wait for a product, not after it: no faster, with 128 tokens up
-to 0.3 slower. To let the next kernel in before its own wait, as lesson 18 does: 12.4 for 9.2 with 128 tokens of 8192 x
-2048; not until all of its own tiles are ordered: 13.8 for 13.6, and up to 4 more elsewhere. Two warpgroups that share K
-with 128 tokens: 9.9 for 8.8.
+predicted), 4.7 for 5.3 at 8192 x 2048; with four warpgroups that share K 14.3 and 5.5 (12 and 4.5). Either takes 13
+clocks of a multiprocessor for 64 x 16 x 16 products, so this is not what the kernel waits for. Sums of their own for
+each 16 columns, so that no product need wait for the one before: no faster. To give a stage of x back before the wait
+for a product, not after it: no faster, with 128 tokens up to 0.3 slower. To let the next kernel in before its own wait,
+as lesson 18 does: 12.4 for 9.2 with 128 tokens of 8192 x 2048; not until all of its own tiles are ordered: 13.8 for
+13.6, and up to 4 more elsewhere. Two warpgroups that share K with 128 tokens: 9.9 for 8.8. The next operands made
+before the wait for the product before last, so that two products are under way: 9.1 for 8.8 (7.3 predicted), and wrong
+sums. 132 programs in place of 128, so that the next kernel's are dealt out evenly: 5.3 for 5.3 (4.9).
   Parts that meet in pairs inside the kernel, the first to arrive leaving its sums for the second, in place of a launch
 that adds them up. 2048 x 8192: 8.6 for 7.7 with 16 tokens and four parts, 11.4 for 9.3 with 64, and 12.5 for 13.5 with
 128 and two (6.6 and 11.7 predicted). A meeting, through the L2 cache, takes longer than a kernel that is started early.

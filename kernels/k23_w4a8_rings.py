@@ -45,11 +45,11 @@ lesson 15 or, up to 64 tokens, lesson 13, both with this lesson's pass over x:
     M = 2048    10.2 (0.83)   18.6 (1.31)   67.1 (1.43)   61.4 (1.44)    226 (1.60)
                 14.1          24.6          84.6          74.9           304
 
-That was before the loop made scale / row_scale, which came ready-made. Since then it takes 5.8, 9.1, 19, 21 and 62
-microseconds at 512 tokens, and 10.3, 18.6, 72, 61 and 217 at 2048 (results/k23_w4a8_rings.json: command, versions,
-date); the large ones 18.5, 20.6 and 51, and 65, 58 and 192, minutes before (results/matmul.json). The last column
-depends on the GPU's clock rate: in two other runs its last cell was 195 to 197, and 260 for lesson 15. Group size 64
-costs up to 3% more. Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x 8192
+That was before the loop made scale / row_scale, which came ready-made. Since then it takes 5.8, 9.1, 19, 21 and 53
+microseconds at 512 tokens, and 10.4, 18.7, 75, 69 and 231 at 2048 (results/k23_w4a8_rings.json: command, versions,
+date); the large ones 18, 21 and 50, and 66, 58 and 190, minutes before (results/matmul.json). The last column depends
+on the GPU's clock rate: in two other runs its last cell was 195 to 197, and 260 for lesson 15. Group size 64 costs up
+to 3% more. Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x 8192
 turned out as good or better in most runs, the others as good or worse. In small layers the floor is not bytes: the
 product alone takes 5.2 of the first 5.9, and a kernel that does next to nothing 1.6.
   A surprise: fewer bytes were slower. 256 rows x 128 tokens read a fifth less than 128 rows x 256 tokens, and took 61
