@@ -345,12 +345,26 @@ def run_lesson(check: Callable[[], Iterator[Check]], bench: Callable[[], list[Ro
         parser.error("--json saves what --bench measures: give both")
     if args.bench and DEVICE.type != "cuda":
         parser.error("--bench needs a GPU, and torch sees none here; --check runs everywhere")
+    run_script(lambda: _run_lesson(args, check, bench))
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a command line's `main`, and ends in a line what can go wrong outside of it.
+
+    Exit status: 2 for a failing disk, 130 for Ctrl-C, 141 where nobody reads the output any more (`| head`).
+    """
     try:
-        _run_lesson(args, check, bench)
-    except BrokenPipeError:  # nobody reads the output any more (`| head`)
+        main()
+        sys.stdout.flush()  # here, where nobody reading it is noticed
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more while it exits
         sys.exit(141)
+    except OSError as error:  # the disk is full, a folder is not writable
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -372,7 +386,6 @@ def _run_lesson(args: argparse.Namespace, check: Callable[[], Iterator[Check]], 
         print_ceilings()
         if args.json:
             save_json(args.json, [{**environment(), **row} for row in rows])
-    sys.stdout.flush()  # here, where nobody reading it is noticed
 
 
 def save_json(path: Path, content: object) -> None:

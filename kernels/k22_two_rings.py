@@ -143,7 +143,8 @@ has no word for it, 3.7 has. EXERCISE. Of the 84 instructions, 16 take the zeros
 the product, and subtract 1024 + zero times the sum of x from the result. How many digits does that cost, and whose?
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -424,7 +425,8 @@ def two_rings_kernel(
         )
 
 
-def launch_options(m: int, n: int, k: int, group_size: int, multiprocessors: int = common.H200) -> dict[str, int]:
+@functools.lru_cache(maxsize=4096)  # to find them takes 6 microseconds of each launch
+def launch_options(m: int, n: int, k: int, group_size: int, multiprocessors: int = common.H200) -> Mapping[str, int]:
     """The tallest tiles that still make enough programs for the machine, and who shares K."""
     height = next(height for height in (16, 32, 64, 128) if height >= min(m, 128))
     while True:
@@ -479,7 +481,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     out = torch.empty((m, n), dtype=x.dtype, device=x.device)
     if m == 0:
         return out.view(*x.shape[:-1], n)
-    options = launch_options(m, n, k, weight.group_size, common.multiprocessors(x.device))
+    options = dict(launch_options(m, n, k, weight.group_size, common.multiprocessors(x.device)))
     height, wide, split = options.pop("BLOCK_M"), options.pop("WIDE"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     two_rings_kernel[(common.cdiv(n, ROWS.value), common.cdiv(m, height), split)](

@@ -232,6 +232,31 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path):
     assert result.returncode == 2 and "--json" in result.stderr and "Traceback" not in result.stderr
 
 
+def run_script(main, **options):
+    """Starts a program that runs `main`, the text of a function, as lessons and the bench run theirs."""
+    program = f"from kernels import common\ncommon.run_script({main})"
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("main", "status", "message"),
+    [
+        ("lambda: __import__('signal').raise_signal(2)", 130, "error: interrupted\n"),
+        ("lambda: open('/dev/full', 'w').write('x' * 10**6)", 2, "error: No space left on device\n"),
+        ("lambda: open('/no/such/folder', 'w')", 2, "error: /no/such/folder: No such file or directory\n"),
+    ],
+)
+def test_what_ends_a_command_from_outside(main, status, message):
+    process = run_script(main)
+    assert (process.communicate()[1], process.returncode) == (message, status)
+
+
+def test_nobody_reads_the_output():
+    process = run_script("lambda: print('a measurement')", stdout=subprocess.PIPE)
+    process.stdout.close()  # long before it prints: it imports torch first
+    assert (process.wait(), process.stderr.read()) == (141, "")
+
+
 def test_plots_without_matplotlib_say_so(monkeypatch, capsys):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["bench", "plots"])
