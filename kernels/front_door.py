@@ -64,12 +64,13 @@ class Rule(NamedTuple):
 
 # The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json, k17_few_tokens.json,
 # k22_two_rings.json, attempts.json): lesson 17 serves one token, and a few where a program can hold a row's codes in
-# its registers; lesson 22 the middle, as long as its programs are two a multiprocessor at most. What it leaves, of up
-# to 80 tokens lesson 9 takes, of more lesson 12, and lesson 9 the groups that only it knows. From some 400 on, lesson
-# 11 leaves the product to the vendor, who has tiles of all sizes: lesson 12 is ahead only where its own happen to fill
-# the machine. To round activations to 8 bits is a pass of its own, and pays from some 4 billion products on: with half
-# as many 8 bits are 0.8 to 1.06 times as fast as 16, with twice as many 1.4 times. Lesson 23 was ahead of 13 and 15 at
-# all shapes. Rules for any GPU take what asks least of it.
+# its registers; lesson 22 the middle, as long as out has no more than two of its largest tiles for each multiprocessor,
+# and rows are not too long for that. What it leaves, of up to 80 tokens lesson 9 takes, of more lesson 12, and lesson 9
+# the groups that only it knows. From some 400 on, lesson 11 leaves the product to the vendor, who has tiles of all
+# sizes: lesson 12 is ahead only where its own happen to fill the machine. To round activations to 8 bits is a pass of
+# its own, and pays from some 4 billion products on: with half as many 8 bits are 0.8 to 0.9 times as fast as 16, with
+# twice as many 1.2 to 1.4 times. Lesson 23 was ahead of 13 and 15 at all shapes. Rules for any GPU take what asks least
+# of it.
 RULES = (
     Rule("sm_90", 8, ANY_NUMBER, 2**32, 64, "k23_w4a8_rings"),
     Rule("sm_7", 8, ANY_NUMBER, 2**32, 16, VENDORS),  # too old for lesson 13
@@ -79,8 +80,6 @@ RULES = (
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=8192, most_rows=4096),
     Rule("sm_90", 16, 16, 0, 64, "k17_few_tokens", most_columns=2048, most_rows=2048),
     Rule(ANY_GPU, 16, 1, 0, 16, "k10_gemv"),
-    Rule("sm_90", 16, 32, 0, 64, "k22_two_rings", most_outputs=2**18),
-    Rule("sm_90", 16, 32, 0, 16, "k09_split_k"),
     Rule("sm_90", 16, ANY_NUMBER, 0, 64, "k22_two_rings", most_outputs=2**21, most_work=2**33),
     Rule("sm_90", 16, 80, 0, 16, "k09_split_k"),
     Rule("sm_90", 16, 384, 0, 64, "k12_hopper"),

@@ -54,16 +54,15 @@ projection: in a cache of 128, at position 104, XL lost 8 microseconds by it, at
   Several sequences want smaller programs. Four warps with 128 positions, or two, meet at 20 barriers, and each warp
 waits for the slowest; one warp with 64 positions meets nobody, and a multiprocessor has room for twelve such. A step
 in parts of 128 positions with four warps (two where there are more than 1024 programs), and of 64 with one
-(results/attempts.json):
+(results/attempts.json; 124M's upper row is lesson 18's, let in at once):
 
     eight sequences    124M, 512   124M, 1024   medium, 1024   large, 1024   XL, 512   XL, 1024
-    of 128             250         286          640            1101          1415      1766
+    of 128             250         286          640            1101          1427      1769
     of 64              230         266          617            1061          1357      1729
 
 Parts of 32 are as good for large and XL, but not for 124M (277). One sequence loses up to 8% by it, and so do eight in
-a cache of 128 (124M: 198 in one part, 211 in two). Hence `part_length`. Alone, kernel behind kernel, it gains nothing:
-18.3 microseconds at 25 heads and 1024 positions, another day 17.2 with parts of 128. What counts in a step is how it
-begins and ends beside its neighbours.
+a cache of 128 (124M: 198 in one part, 211 in two). Hence `part_length`. Alone, kernel behind kernel, it gains less: 4
+to 8% of another day's times with parts of 128, and loses 6% at 25 heads and 1024 positions.
   Tried and failed (results/attempts.json). A program a head: a step of GPT-2 124M at position 1000 took 226
 microseconds, and takes 169. Programs that have nothing to do, and there are many, fetching the MLP's weights into the
 L2 cache meanwhile: a step of XL took 970 microseconds, without that 863. A step does not wait for bytes.

@@ -26,7 +26,7 @@ MEASURED on an H200 (results/k20_step_ends.json: command, versions, date), Layer
     K, M                   768, 1     768, 8     1600, 1    1600, 8
     with the best token    14.3       21.3       25.3       38.5
     logits only            12.0       18.0       22.2       34.4
-    torch's fp16           47.3       72.9       79.2       128
+    torch's fp16           47.4       72.9       79.2       128
 
 Predicted: 11 and 20. Logits alone reach 77 and 86% of the memory's pace for one token; lesson 16, without tensor cores,
 LayerNorm and token, takes 13.6 and 37.9. The first version, a loop over two blocks a warp that fetched two past the

@@ -9,7 +9,7 @@ ended. Lesson 17 was made for a handful, and asks for the whole weight before it
 
     tiles       64 rows of out^T by 16 to 128 tokens: for most layers 64 to 256 programs
     two rings   in shared memory, filled by the copy engine (TMA): one for x, as in lesson 12; one for the codes and
-                scales, 6 to 32 blocks of 64 columns deep, which the producer warp fills before it waits (`gdc_wait`)
+                scales, 6 to 24 blocks of 64 columns deep, which the producer warp fills before it waits (`gdc_wait`)
     registers   hold a step of the weight and its operands, no more: where tiles are many, two programs fit
 
     kernel ahead   ...........................|
@@ -128,7 +128,7 @@ each 16 columns, so that no product need wait for the one before: no faster. To 
 for a product, not after it: no faster, with 128 tokens up to 0.3 slower. To let the next kernel in before its own wait,
 as lesson 18 does: 12.4 for 9.2 with 128 tokens of 8192 x 2048; not until all of its own tiles are ordered: 13.8 for
 13.6, and up to 4 more elsewhere. Two warpgroups that share K with 128 tokens: 9.9 for 8.8. The next operands made
-before the wait for the product before last, so that two products are under way: 9.1 for 8.8 (7.3 predicted), and wrong
+before the wait for the product before last, so that two products are under way: 9.1 for 9.0 (7.3 predicted), and wrong
 sums. 132 programs in place of 128, so that the next kernel's are dealt out evenly: 5.3 for 5.3 (4.9).
   Parts that meet in pairs inside the kernel, the first to arrive leaving its sums for the second, in place of a launch
 that adds them up. 2048 x 8192: 8.6 for 7.7 with 16 tokens and four parts, 11.4 for 9.3 with 64, and 12.5 for 13.5 with
