@@ -425,7 +425,7 @@ def two_rings_kernel(
         )
 
 
-@functools.lru_cache(maxsize=4096)  # to find them takes 6 microseconds of each launch
+@functools.lru_cache(maxsize=4096)  # every launch asks
 def launch_options(m: int, n: int, k: int, group_size: int, multiprocessors: int = common.H200) -> Mapping[str, int]:
     """The tallest tiles that still make enough programs for the machine, and who shares K."""
     height = next(height for height in (16, 32, 64, 128) if height >= min(m, 128))
@@ -437,11 +437,7 @@ def launch_options(m: int, n: int, k: int, group_size: int, multiprocessors: int
         height //= 2
     # Two share K where one could not hide its loads: with little to multiply, or a long way to go.
     shares = 2 if tiles * split * height <= (8192 if k // split >= 4096 else 4096) else 1
-    wide, stages, slots = RINGS[shares, height]
-    if shares == 2 and k // split <= 2048 and (height == 16 or (height == 32 and split == 1)):
-        wide, stages, slots = SHORT
-    if height == 128 and tiles * split <= multiprocessors:
-        wide, stages, slots = ALONE if k // split <= 4096 else ALONE_LONG
+    wide, stages, slots = rings_of(height, split, k // split, shares, tiles * split <= multiprocessors)
     while wide > 1 and (wide * BLOCK) % group_size and group_size % (wide * BLOCK):  # a step would cut groups in two
         wide, stages, slots = wide // 2, stages * 2, slots * 2
     rounds = common.cdiv(k, BLOCK * wide * shares * unroll_of(wide))  # of steps; a program has whole ones, one at least
@@ -456,6 +452,18 @@ def parts_of(k: int, height: int, most: int) -> int:
     """How many programs share K: of 512 columns, or of 1024 with 128 tokens; one alone, if that spares it few."""
     split = max(1, min(most, common.cdiv(k, max(512, 8 * height))))
     return split if k - k // split > 1024 else 1
+
+
+def rings_of(height: int, split: int, columns: int, shares: int, alone: bool) -> tuple[int, int, int]:
+    """Blocks of a step, and steps in both rings, for `split` programs a tile of `columns` columns, `shares` warpgroups.
+
+    alone: whether each program may have a multiprocessor.
+    """
+    if height == 128 and alone:
+        return ALONE if columns <= 4096 else ALONE_LONG
+    if shares == 2 and columns <= 2048 and (height == 16 or (height == 32 and split == 1)):
+        return SHORT
+    return RINGS[shares, height]
 
 
 def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:

@@ -436,6 +436,7 @@ def test_a_chain_of_products_whose_launches_overlap(activation_bits, m):
         assert torch.equal(out, expected)
 
 
+@pytest.mark.usefixtures("rounds")
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 @pytest.mark.parametrize("activation_bits", [16, 8])
