@@ -3,6 +3,13 @@
 How a time is taken here: the launches are captured in a CUDA graph, so that no Python runs between them; they walk
 through enough copies of the weight that the L2 cache cannot hold them, as a real model's layers do; the graph is
 replayed, and the median replay counts. Every lesson times its baseline in the same run.
+
+Before each measurement the GPU rests for a fifth of a second. What large products draw, 700 watts and more, makes an
+H200 lower its clock rate, from 1.98 to 1.4 GHz, and what comes right behind them is measured at that rate; it shows
+most where int4 waits for its own instructions, and FP16 for memory. Lesson 22, 16 tokens of 8192 x 8192, behind
+products of 2048 tokens (results/attempts.json): at once 16.4 and 16.6 microseconds, after 0.05 seconds 13.6 and 14.1,
+after 0.1 13.0 and 13.9, after 0.2 and 0.5 13.0; FP16 34.8, 33.8, 33.5 and 33.4. (Measured so: matmul.json and lessons
+22 and 23. The other results are from before, behind whatever came before them.)
 """
 
 import argparse
@@ -15,6 +22,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import torch
@@ -28,6 +36,8 @@ from kernels.prepared import PreparedWeight
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CPU: Triton's interpreter
 
 ON_NVIDIA = torch.cuda.is_available() and torch.version.cuda is not None  # where inline PTX assembly runs
+
+REST = 0.2  # seconds before a measurement: see above
 
 H200 = 132  # multiprocessors: of what launch options were measured on
 
@@ -148,6 +158,8 @@ def microseconds(function: Callable[..., object], arguments: Sequence[tuple[Any,
         function: launches work on the GPU.
         arguments: what it is called with: the same work on different copies of its data.
     """
+    torch.cuda.synchronize()
+    sleep(REST)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for args in arguments:

@@ -20,7 +20,8 @@ ended. Lesson 17 was made for a handful, and asks for the whole weight before it
 so that the next kernel's programs move in while this one computes, and have their weight when it ends.
 
 One barrier fewer than one would think: whoever is done with a stage of x is done with that step's codes, so the
-producer that waits for the one may refill the other.
+producer that waits for the one may refill the other. Where rows are long, there is one fewer still: the weight lies
+in x's ring, and a barrier counts both deliveries. (Short rows make their first operands while x is on its way.)
 
 THE PRICE. 8192 x 2048, 128 tokens: 128 programs, 64 x 128 x 2048 products each, 8192 clocks of a multiprocessor's
 tensor cores, 4.7 microseconds. Each program reads all of x, 0.5 MB, from the L2 cache: 64 MB together, 8 to 11
@@ -50,16 +51,18 @@ Where there are few tiles, programs share K as in lesson 12, and `parts.py` adds
 MEASURED on an H200 (results/k22_two_rings.json: command, versions, date; group size 128), microseconds (times fp16):
 
     N x K           512x2048     2048x2048     8192x2048     2048x8192     8192x8192
-    M = 16        3.0 (1.92)    3.6 (1.69)    4.8 (2.21)    5.8 (2.37)   13.3 (2.52)
-    M = 32        3.1 (1.98)    3.5 (1.73)    5.0 (2.15)    6.7 (2.07)   14.7 (2.34)
-    M = 64        3.1 (1.87)    4.0 (1.53)    6.8 (1.71)    7.8 (1.83)   18.3 (1.95)
-    M = 128       3.7 (1.58)    5.3 (1.24)    8.5 (1.34)   10.6 (1.48)   29.4 (1.27)
-    M = 256       3.9 (1.52)    6.1 (1.10)   13.6 (1.06)   16.0 (1.37)   49.4 (1.01)
-    M = 512       5.2 (1.22)    8.0 (1.16)   26.9 (0.94)   26.2 (1.14)  110.6 (0.88)
+    M = 16        2.9 (1.95)    3.5 (1.71)    4.8 (2.25)    5.8 (2.38)   13.9 (2.42)
+    M = 32        3.1 (1.89)    3.5 (1.78)    5.0 (2.17)    6.6 (2.13)   15.6 (2.22)
+    M = 64        3.0 (1.92)    4.1 (1.52)    6.7 (1.66)    7.9 (1.81)   19.0 (1.97)
+    M = 128       3.7 (1.59)    5.4 (1.25)    8.4 (1.36)   10.7 (1.43)   28.2 (1.32)
+    M = 256       3.9 (1.53)    6.2 (1.08)   13.7 (1.09)   16.1 (1.31)   50.2 (1.05)
+    M = 512       5.2 (1.22)    8.2 (1.11)   26.5 (0.98)   26.0 (1.08)    101 (0.93)
 
 The best of the lessons before took, with 128 tokens, 5.1, 9.3, 14.8, 19.7 and 40.6 (results/attempts.json); with 16,
-18.7 of 8192 x 8192. Large layers with hundreds of tokens are not its: the front door leaves
-them to lessons 11 and 12.
+18.7 of 8192 x 8192. Large layers with hundreds of tokens are not its: the front door leaves them to lessons 11 and 12.
+The last column goes with the clock rate: 16 tokens took 12.4 to 14.8 microseconds on one day, and most before
+2026-11-24 were measured behind whatever else had just made the GPU hot (`common.py`). So where numbers of that column,
+here and below, lie closer than a tenth, they may be of two clock rates.
 
 Steps of one block took 20.8 microseconds for 16 tokens of 8192 x 8192, 9.4 of 2048 x 8192 and 5.8 of 8192 x 2048; for
 longer ones 11.5, 6.0 and 4.2 were predicted. So the chain was a third of it, where rows are long. What is left? Leave
@@ -71,8 +74,9 @@ out one thing at a time, and see what it had cost (sums wrong, times right; anot
     128, 8192 x 2048       9.0           7.7              8.5             8.7                   9.0
 
 With long rows, nothing: neither bytes nor instructions nor waits (a third warpgroup that shares K takes 14.0 where two
-take 14.4). So ask the other way about: let each warpgroup read a clock before and behind each wait, and store it
-(results/attempts.json). Clocks, means of all programs, with rings of 4 and 8 steps, as they were:
+take 14.4). NVIDIA's profiler, ncu, agrees: of what they could, the memory moves 8 to 44%, the L2 cache 23 to 48%, and
+the schedulers issue 17 to 38%. So ask the other way about: let each warpgroup read a clock before and behind each wait,
+and store it (results/attempts.json). Clocks, means of all programs, with rings of 4 and 8 steps, as they were:
 
                           codes there?   fetch them,       x there?   products,      turn to   kernel's end
                                          first operands               operands       first x   to next turn
@@ -87,12 +91,19 @@ take 14.4). So ask the other way about: let each warpgroup read a clock before a
                            them. Rings twice as long end that, but leave no room for the next kernel, and have x wait
                            behind this kernel's own weight: 3,700 clocks to the first x. Shorter ones it is: 6 steps
                            in both rings take 13.6 microseconds where 4 and 8 take 15.5, and 5.3 for 5.6 at 8192 x 2048.
+    two waits a step       cost 85 clocks more than one. In one ring, with one barrier for x and weight: 12.7 for 13.2
+                           (16 tokens of 8192 x 8192; predicted 0.3 less), 14.1 for 14.6 (32), 25.9 for 26.6 (512 of
+                           2048 x 8192). Short rows lose: 5.0 for 4.7 (16 of 8192 x 2048). And 512 tokens of
+                           2048 x 2048 gain nothing, 8.0 for 8.0, where 7.1 was predicted.
     the parts' sum         kept the next kernel's programs out until its own turn had come; so their weight came late.
                            Now it lets them in at once: 6.5 for 7.9 (16 tokens of 2048 x 8192), 12.0 for 13.6 (128).
     128 tokens             have one warpgroup do it all in a row, 465 clocks a block where the products take 256. Steps
                            of two blocks: 351. And it should have the multiprocessor to itself, as in lesson 23: 3 and 4
                            steps in the rings, which leave no room for a second program, take 8.6 microseconds, 3 and 3,
-                           which do, 9.8 (ALONE; 8192 x 2048). Four parts of 2048 x 8192 rather than two: 10.8.
+                           which do, 9.8 (ALONE; 8192 x 2048). Perhaps it is not the second program: dealing them out
+                           evenly, 132 of them, changes nothing (9.1 for 9.1 with 512 tokens of 2048 x 2048, 7.3
+                           predicted), and a weight that is asked for a step later comes later, too. Four parts of
+                           2048 x 8192 rather than two: 10.8.
 
 And two things that no clock told (results/attempts.json; the times before and after, side by side):
 
@@ -105,7 +116,7 @@ And two things that no clock told (results/attempts.json; the times before and a
                            begin before all of its four are there. Steps of two blocks (SHORT): 4.7 for 5.3 with 16
                            tokens, 5.0 for 6.0 with 32. Long rows are faster with four (13.4 for 14.8, 16 tokens of
                            8192 x 8192), and so are 32 tokens in parts (6.7 for 8.5, 2048 x 8192), we do not know why.
-                           Long rows with 128 tokens, a multiprocessor to each program, want rings of 5 and 6 steps
+                           Long rows with 128 tokens, a multiprocessor to each program, want rings of 5 steps or more
                            (28.8 for 31.6, 8192 x 8192), short ones 3 and 4.
 
   A surprise, still with one block a step: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer
@@ -129,7 +140,10 @@ for a product, not after it: no faster, with 128 tokens up to 0.3 slower. To let
 as lesson 18 does: 12.4 for 9.2 with 128 tokens of 8192 x 2048; not until all of its own tiles are ordered: 13.8 for
 13.6, and up to 4 more elsewhere. Two warpgroups that share K with 128 tokens: 9.9 for 8.8. The next operands made
 before the wait for the product before last, so that two products are under way: 9.1 for 9.0 (7.3 predicted), and wrong
-sums. 132 programs in place of 128, so that the next kernel's are dealt out evenly: 5.3 for 5.3 (4.9).
+sums. 132 programs in place of 128, so that the next kernel's are dealt out evenly: 5.3 for 5.3 (4.9). To give a stage
+back at a step's end, where one of three waits of the whole warpgroup for itself falls away (Triton puts them around
+`arrive`): 13.8 for 13.1, and 8.1 for 8.0 with 512 tokens of 2048 x 2048. Before the wait, an order for a tile of x that
+is not there, so that the copy engine has read x's description: 4.9 for 4.9, and 8.7 for 8.1.
   Parts that meet in pairs inside the kernel, the first to arrive leaving its sums for the second, in place of a launch
 that adds them up. 2048 x 8192: 8.6 for 7.7 with 16 tokens and four parts, 11.4 for 9.3 with 64, and 12.5 for 13.5 with
 128 and two (6.6 and 11.7 predicted). A meeting, through the L2 cache, takes longer than a kernel that is started early.
@@ -167,9 +181,10 @@ from kernels.row_tiles import unpack
 
 ROWS = gl.constexpr(64)  # outputs a program: what one warpgroup's wgmma makes
 # Warpgroups that share K, and tokens a program -> blocks of a step, and steps in the ring of x and in the weight's.
+# No steps in the weight's: it lies in x's ring, and its deliveries are told to x's barriers.
 RINGS = {
-    (2, 16): (4, 6, 6),
-    (2, 32): (4, 6, 6),
+    (2, 16): (4, 6, 0),
+    (2, 32): (4, 6, 0),
     (2, 64): (2, 6, 8),
     (1, 16): (4, 3, 5),
     (1, 32): (2, 4, 8),
@@ -178,7 +193,7 @@ RINGS = {
 }
 SHORT = (2, 8, 8)  # the same for two warpgroups and up to 32 tokens, where a program's rows are short
 ALONE = (2, 3, 4)  # and for 128 tokens, if each program may have a multiprocessor: then no second one fits beside it
-ALONE_LONG = (2, 5, 6)  # where its rows are long
+ALONE_LONG = (2, 5, 0)  # where its rows are long
 FEWEST_PROGRAMS = {128: 75, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
 
 
@@ -236,7 +251,7 @@ def producer(x_desc, codes_desc, words_desc, x_ring, weight_ring, row, tile, fir
 
 
 @gluon.jit
-def multiply(x_ring, weight_ring, share, steps, SHARES: gl.constexpr):
+def multiply(x_ring, weight_ring, share, steps, SHARES: gl.constexpr, ONE_RING: gl.constexpr):
     """w x^T over steps share, share + SHARES, ..., by a warpgroup: -> fp32 [ROWS, BLOCK_M]."""
     x_tiles, x_full, x_empty = x_ring
     codes, words, weight_full = weight_ring
@@ -270,7 +285,7 @@ def multiply(x_ring, weight_ring, share, steps, SHARES: gl.constexpr):
                 scale_zeros += (of_group.load(gl.SliceLayout(1, left)),)
             for j in gl.static_range(WIDE):
                 w = dequantize(half_words[j], scale_zeros[j * GROUPS // WIDE], x_tiles.dtype, left)
-                if j == 0:
+                if j == 0 and not ONE_RING:  # else it came with the codes
                     mbarrier.wait(x_full.index(stage), step // STAGES & 1)
                 acc = warpgroup_mma(w, x_blocks.index(stage * WIDE + j).permute([1, 0]), acc, is_async=True)
                 acc, in_flight = warpgroup_mma_wait(1, deps=(acc, in_flight))  # the product before this one is done
@@ -305,30 +320,20 @@ def store(acc, bias_ptr, out_ptr, pid_m, tile, M, N, HAS_BIAS: gl.constexpr):
 
 
 @gluon.jit
-def second_share(x_ring, weight_ring, handed_over, steps):
+def second_share(x_ring, weight_ring, handed_over, steps, ONE_RING: gl.constexpr):
     """The second of two warpgroups: leaves its sums in shared memory."""
     sums, summed = handed_over
-    sums.store(multiply(x_ring, weight_ring, 1, steps, 2))
+    sums.store(multiply(x_ring, weight_ring, 1, steps, 2, ONE_RING))
     mbarrier.arrive(summed, count=1)
 
 
 @gluon.jit
 def first_share(
-    x_ring,
-    weight_ring,
-    handed_over,
-    bias_ptr,
-    out_ptr,
-    pid_m,
-    tile,
-    steps,
-    M,
-    N,
-    HAS_BIAS: gl.constexpr,
-    SHARES: gl.constexpr,
+    x_ring, weight_ring, handed_over, given, HAS_BIAS: gl.constexpr, SHARES: gl.constexpr, ONE_RING: gl.constexpr
 ):
     """The first warpgroup, or the only one: adds what the second has, and writes the tile."""
-    acc = multiply(x_ring, weight_ring, 0, steps, SHARES)
+    bias_ptr, out_ptr, pid_m, tile, steps, M, N = given
+    acc = multiply(x_ring, weight_ring, 0, steps, SHARES, ONE_RING)
     if SHARES == 2:
         sums, summed = handed_over
         mbarrier.wait(summed, 0)
@@ -352,7 +357,7 @@ def two_rings_kernel(
     SHARES: gl.constexpr,  # warpgroups that share K: 1 or 2
     SPLIT_K: gl.constexpr,
     STAGES: gl.constexpr,  # of the ring of x
-    SLOTS: gl.constexpr,  # of the weight's ring: at least STAGES
+    SLOTS: gl.constexpr,  # of the weight's ring: at least STAGES, or 0 for x's
 ):
     """Makes a part of a tile [BLOCK_M, ROWS] of x @ w^T + bias."""
     WIDE: gl.constexpr = x_desc.block_type.shape[0]
@@ -370,16 +375,21 @@ def two_rings_kernel(
     steps = gl.maximum(gl.minimum(gl.cdiv(all_steps - first, ROUND) * ROUND, most), ROUND)
 
     x_tiles = gl.allocate_shared_memory(x_desc.dtype, [STAGES, WIDE, BLOCK_M, 64], x_desc.layout)
-    codes = gl.allocate_shared_memory(gl.int16, [SLOTS, WIDE, ROWS // 16, 256], codes_desc.layout)
-    words = gl.allocate_shared_memory(gl.int32, [SLOTS, GROUPS, ROWS], words_desc.layout)
+    ONE_RING: gl.constexpr = SLOTS == 0
+    PLACES: gl.constexpr = STAGES if ONE_RING else SLOTS
+    codes = gl.allocate_shared_memory(gl.int16, [PLACES, WIDE, ROWS // 16, 256], codes_desc.layout)
+    words = gl.allocate_shared_memory(gl.int32, [PLACES, GROUPS, ROWS], words_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     x_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    weight_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
-        mbarrier.init(x_full.index(stage), count=1)
+        mbarrier.init(x_full.index(stage), count=2 if ONE_RING else 1)  # orders that are told to it
         mbarrier.init(x_empty.index(stage), count=1)
-    for slot in gl.static_range(SLOTS):
-        mbarrier.init(weight_full.index(slot), count=1)
+    if ONE_RING:
+        weight_full = x_full
+    else:
+        weight_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(SLOTS):
+            mbarrier.init(weight_full.index(slot), count=1)
     if SHARES == 2:
         summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(summed, count=1)
@@ -388,18 +398,15 @@ def two_rings_kernel(
     x_ring = (x_tiles, x_full, x_empty)
     weight_ring = (codes, words, weight_full)
     row = pid_m * BLOCK_M
-    part_ptr = out_ptr + part.to(gl.int64) * M * N
+    given = (bias_ptr, out_ptr + part.to(gl.int64) * M * N, pid_m, tile, steps, M, N)
     if SHARES == 2:
         plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         sums = gl.allocate_shared_memory(gl.float32, [ROWS, BLOCK_M], plain)
         handed_over = (sums, summed)
         gl.warp_specialize(
             [
-                (
-                    first_share,
-                    (x_ring, weight_ring, handed_over, bias_ptr, part_ptr, pid_m, tile, steps, M, N, HAS_BIAS, SHARES),
-                ),
-                (second_share, (x_ring, weight_ring, handed_over, steps)),
+                (first_share, (x_ring, weight_ring, handed_over, given, HAS_BIAS, SHARES, ONE_RING)),
+                (second_share, (x_ring, weight_ring, handed_over, steps, ONE_RING)),
                 (
                     producer,
                     (x_desc, codes_desc, words_desc, x_ring, weight_ring, row, tile, first, steps, GROUP_SIZE),
@@ -411,10 +418,7 @@ def two_rings_kernel(
     else:
         gl.warp_specialize(
             [
-                (
-                    first_share,
-                    (x_ring, weight_ring, (), bias_ptr, part_ptr, pid_m, tile, steps, M, N, HAS_BIAS, SHARES),
-                ),
+                (first_share, (x_ring, weight_ring, (), given, HAS_BIAS, SHARES, ONE_RING)),
                 (
                     producer,
                     (x_desc, codes_desc, words_desc, x_ring, weight_ring, row, tile, first, steps, GROUP_SIZE),

@@ -13,8 +13,9 @@ warpgroups make operands and multiply, in one of two ways:
 
 NEW: a step is four blocks, 256 columns. A warpgroup makes the operand of one block while the tensor cores still
 multiply the one before, so it waits for barriers a quarter as often. Row scales do not depend on x: each thread reads
-those of its two rows before anything else, and makes each group's scale a multiple of them when it comes. The scales of
-tokens and the biases are fetched by the producer, while the last products run: nothing waits for memory after them.
+those of its two rows before anything else, and makes each group's scale a multiple of them when it comes (multiples
+worked out once for a weight were no faster: results/attempts.json). The scales of tokens and the biases are fetched by
+the producer, while the last products run: nothing waits for memory after them.
 
 THE PRICE. 8192 x 8192, 512 tokens: 128 programs of 128 x 256 x 8192 products, 65,536 clocks of a multiprocessor's
 tensor cores: 37 microseconds. Each reads 2 MB of x8 and 0.5 MB of weight, from the L2 cache all but the first time:
@@ -30,52 +31,61 @@ WHO READS WHAT. Lesson 15's operands from lesson 22's boxes. A step in shared me
 
 Blocks past the end of K, rows past the end of N and tokens past the end of M read as zeros.
 
-MEASURED on an H200, group size 128, all passes counted (results/attempts.json), microseconds (times fp16); under it
-lesson 15 or, up to 64 tokens, lesson 13, both with this lesson's pass over x:
+MEASURED on an H200, all passes counted (results/k23_w4a8_rings.json: command, versions, date; group size 128),
+microseconds (times fp16); under it lesson 15 or, up to 64 tokens, lesson 13, both with this lesson's pass over x, and
+from before their loops made scale / row_scale (results/attempts.json):
 
     N x K        512x2048      2048x2048     8192x2048     2048x8192     8192x8192
-    M = 1        4.3 (1.26)    4.4 (1.32)    6.1 (1.83)       -         16.0 (2.48)
+    M = 1        4.1 (1.40)    4.4 (1.39)    6.0 (1.78)    6.6 (2.05)   15.9 (2.42)
                 11.5          11.7          12.2                        37.2
-    M = 16       4.3 (1.26)    4.4 (1.32)    6.5 (1.68)    8.0 (1.69)   16.2 (2.17)
+    M = 16       4.3 (1.35)    4.5 (1.34)    6.6 (1.63)    6.9 (1.99)   16.3 (2.11)
                 11.2          11.5          12.0          34.7          36.3
-    M = 128      4.8 (1.24)    5.9 (1.09)    9.4 (1.23)   11.8 (1.29)   20.7 (1.85)
+    M = 128      4.6 (1.27)    6.1 (1.09)    9.7 (1.20)   11.5 (1.35)   21.7 (1.72)
                 12.2          12.4          13.3          37.0          39.1
-    M = 512      5.9 (1.05)    9.0 (0.99)   18.3 (1.44)   20.5 (1.46)   53.1 (1.73)
+    M = 512      5.8 (1.10)    9.1 (1.00)   18.1 (1.44)   20.7 (1.41)   50.6 (1.86)
                 12.2          12.8          21.9          37.7          69.5
-    M = 2048    10.2 (0.83)   18.6 (1.31)   67.1 (1.43)   61.4 (1.44)    226 (1.60)
+    M = 2048    10.4 (0.86)   18.7 (1.34)   65.5 (1.47)   58.8 (1.53)    193 (1.89)
                 14.1          24.6          84.6          74.9           304
 
-That was before the loop made scale / row_scale, which came ready-made. Since then it takes 5.8, 9.1, 19, 21 and 53
-microseconds at 512 tokens, and 10.4, 18.7, 75, 69 and 231 at 2048 (results/k23_w4a8_rings.json: command, versions,
-date); the large ones 18, 21 and 50, and 66, 58 and 190, minutes before (results/matmul.json). The last column depends
-on the GPU's clock rate: in two other runs its last cell was 195 to 197, and 260 for lesson 15. Group size 64 costs up
-to 3% more. Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x 8192
-turned out as good or better in most runs, the others as good or worse. In small layers the floor is not bytes: the
-product alone takes 5.2 of the first 5.9, and a kernel that does next to nothing 1.6.
+Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: the large ones turned out as predicted
+or better, the small ones worse. (Measured right behind other large products the last cell was 231 and 242: an H200
+lowers its clock rate then, and now rests before each measurement, `common.py`.) Group size 64 costs up to 3% more. In
+small layers the floor is not bytes: the product alone takes 5.2 of the first 5.8 at 512 tokens, and a kernel that does
+next to nothing 1.6.
+  Which tile? The first rule took the largest that made 100 programs or more. But 80 programs of 128 x 128 are one round
+of an H200's 132 multiprocessors, and 160 of 64 x 128 are two. All tiles, for 20 layers and 128 to 8192 tokens (results/
+attempts.json, "every tile"), show that a round takes as long as its columns, whatever the layer: 50, 31, 21, 15 and
+14.5 microseconds for 8192 columns, from the largest tile down. So `launch_options` adds up rounds. Over 123 problems
+that is 0.2% slower than the best tile in the mean and 6% at worst, where the first rule was 11% slower in the mean and
+71% at worst: 1024 tokens of 1280 x 1280 take 8.8 microseconds for 13.4, 2048 of 768 x 3072 16.8 for 21.3.
   A surprise: fewer bytes were slower. 256 rows x 128 tokens read a fifth less than 128 rows x 256 tokens, and took 61
 and 62 microseconds where those, beside them, took 51 (8192 x 8192, 512 tokens): every operand then serves half the
 products.
   A trap: rings so small that two programs fit on a multiprocessor. Probably those that the pass over x leaves first get
-two programs each, and others none: 128 tiles of 128 x 64 took 15.1 microseconds, with
-larger rings 11.2 (2048 x 2048, 512 tokens). Hence rings of more than half the shared memory, whether needed or not.
+two programs each, and others none: 128 tiles of 128 x 64 took 15.1 microseconds, with larger rings 11.2 (2048 x 2048,
+512 tokens). Hence rings of more than half the shared memory, whether needed or not.
   Tried and failed (results/attempts.json): two warpgroups as one partition of eight warps, in step with each other: 5
 to 7% slower with tiles of 256 tokens; lesson 15 was right to let each go its own way. Four warpgroups, 256 rows by 128
 tokens: 232 microseconds where the others took 195. The pass over x could let this kernel's programs in before its own
 turn has come: 0.8 to 1.0 microseconds saved where x is small, and 6 to 13 lost with 2048 x 8192 numbers, so it does
 where x is small. The product itself lets the next kernel in behind its own wait; before it, nothing changes. Nor does
-it pay to give a stage back a product earlier, or to fetch the next step's codes earlier (9.6 for 9.6, 9.7 for 9.6 with
-128 tokens of 8192 x 2048). Where parts are added up, that launch now lets the next kernel in at once: 11.3 for 12.6
-with 128 tokens of 2048 x 8192.
+it pay to give a stage back a product earlier, or at the step's end, or to fetch the next step's codes earlier (9.6 for
+9.6, 9.7 for 9.5, 9.7 for 9.6 with 128 tokens of 8192 x 2048). Where parts are added up, that launch now lets the next
+kernel in at once: 11.3 for 12.6 with 128 tokens of 2048 x 8192.
   With 256 tokens the assembler has no registers left to see a product through the loop's end: it would wait behind
 every one (its message C7512). There a step's last product is waited for; the other warpgroup has the tensor cores
 meanwhile. Without that need, not to wait gains 3 to 6%.
 
-NEXT. What is left at 512 tokens of small layers is two launches. EXERCISE. Let the product's programs quantize the
-tokens themselves: who would find a token's largest number, and how often would x be read? Say first for which of the
-shapes above it could pay.
+NEXT. Small layers. Where does a warpgroup's time go with 512 tokens of 2048 x 2048? By ncu's samples of one launch
+alone, 23% is the start, 6% waiting for codes, 17% for x8, 29% the loop's instructions, 7% waiting for the other's sums,
+and 18% the end: scales, and the way out through shared memory, while the other warpgroup has nothing to do. EXERCISE.
+Let each finish half of the tile. And let the product's programs quantize the tokens themselves: who would find a
+token's largest number, and how often would x be read? Say first for which of the shapes above it could pay.
 """
 
-from collections.abc import Iterator
+import functools
+import math
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -100,18 +110,18 @@ from kernels.row_tiles import invert, make_operand
 TOLERANCE = 0.02  # relative error, as in lesson 13
 ROWS = gl.constexpr(64)  # what a warpgroup's wgmma makes
 WIDE = gl.constexpr(4)  # blocks of a step
-# Rows and tokens of a tile -> steps in the ring of x8 and in the weight's. Largest first. Where the warpgroups share K,
-# with 64 rows, both are even: or a slot would change hands, and who never waited for the other's delivery would take
-# the parity of its barrier for that of its own.
-RINGS = {
-    (128, 256): (2, 4),
-    (128, 128): (4, 4),
-    (64, 128): (4, 6),
-    (64, 64): (4, 6),
-    (64, 32): (8, 14),
-    (64, 16): (8, 16),
+# Rows and tokens of a tile -> steps in the ring of x8 and in the weight's, and about how many microseconds a round of
+# such programs, one on each multiprocessor, takes of 8192 columns. Where the warpgroups share K, with 64 rows, both
+# rings are even: or a slot would change hands, and who never waited for the other's delivery would take the parity of
+# its barrier for that of its own.
+TILES = {
+    (128, 256): (2, 4, 50.0),
+    (128, 128): (4, 4, 31.0),
+    (64, 128): (4, 6, 21.0),
+    (64, 64): (4, 6, 15.0),
+    (64, 32): (8, 14, 14.5),
+    (64, 16): (8, 16, 14.0),
 }
-ENOUGH_PROGRAMS = 100  # for 132 multiprocessors
 
 
 @gluon.constexpr_function
@@ -372,18 +382,24 @@ def w4a8_rings_kernel(
     )
 
 
-def launch_options(m: int, n: int, k: int) -> dict[str, int]:
-    """The largest tiles, no more than half of them empty, that still make enough programs for the machine."""
-    for rows, tokens in RINGS:
+@functools.lru_cache(maxsize=4096)  # every launch asks
+def launch_options(m: int, n: int, k: int, multiprocessors: int = common.H200) -> Mapping[str, int]:
+    """The tiles, no more than half of them empty, whose rounds together take the least time."""
+    best = math.inf
+    options: dict[str, int] = {}
+    for (rows, tokens), (stages, slots, microseconds) in TILES.items():
+        if tokens >= 2 * max(m, 16):
+            continue
         tiles = common.cdiv(n, rows) * common.cdiv(m, tokens)
         split = 1
         # Programs share K where tokens are few. A part is 2048 columns long or longer.
-        while tokens <= 64 and tiles * split < ENOUGH_PROGRAMS and 2 * split * 2048 <= k:
+        while tokens <= 64 and 2 * split * tiles <= multiprocessors and 2 * split * 2048 <= k:
             split *= 2
-        if tokens < 2 * m and tiles * split >= ENOUGH_PROGRAMS:
-            break
-    stages, slots = RINGS[rows, tokens]
-    return {"ROWS": rows, "BLOCK_M": tokens, "SPLIT_K": split, "STAGES": stages, "SLOTS": slots}
+        time = common.cdiv(tiles * split, multiprocessors) * microseconds / split
+        if time < best:
+            best = time
+            options = {"ROWS": rows, "BLOCK_M": tokens, "SPLIT_K": split, "STAGES": stages, "SLOTS": slots}
+    return options
 
 
 def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Tensor:
@@ -410,7 +426,7 @@ def matmul(x: Tensor, weight: PreparedWeight, bias: Tensor | None = None) -> Ten
     if m == 0:
         return out.view(*x.shape[:-1], n)
     x8, token_scales = quantize_activations(x_2d)
-    options = launch_options(m, n, k)
+    options = dict(launch_options(m, n, k, common.multiprocessors(x.device)))
     rows, tokens, split = options.pop("ROWS"), options.pop("BLOCK_M"), options["SPLIT_K"]
     parts = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else out
     w4a8_rings_kernel[(common.cdiv(n, rows), common.cdiv(m, tokens), split)](
