@@ -5,8 +5,8 @@ through enough copies of the weight that the L2 cache cannot hold them, as a rea
 replayed, and the median replay counts. Every lesson times its baseline in the same run.
 
 Before each measurement the GPU rests for a fifth of a second. What large products draw, 700 watts and more, makes an
-H200 lower its clock rate, from 1.98 to 1.4 GHz, and what comes right behind them is measured at that rate; it shows
-most where int4 waits for its own instructions, and FP16 for memory. Lesson 22, 16 tokens of 8192 x 8192, behind
+H200 lower its clock rate, from 1.98 to 1.5 GHz and less, and what comes right behind them is measured at that rate; it
+shows most where int4 waits for its own instructions, and FP16 for memory. Lesson 22, 16 tokens of 8192 x 8192, behind
 products of 2048 tokens (results/attempts.json): at once 16.4 and 16.6 microseconds, after 0.05 seconds 13.6 and 14.1,
 after 0.1 13.0 and 13.9, after 0.2 and 0.5 13.0; FP16 34.8, 33.8, 33.5 and 33.4. (Measured so: matmul.json and lessons
 22 and 23. The other results are from before, behind whatever came before them.)
@@ -151,15 +151,16 @@ def copies_to_fill_cache(n_bytes: int) -> int:
     return max(2, math.ceil(3 * torch.cuda.get_device_properties(DEVICE).L2_cache_size / n_bytes))
 
 
-def microseconds(function: Callable[..., object], arguments: Sequence[tuple[Any, ...]]) -> float:
+def microseconds(function: Callable[..., object], arguments: Sequence[tuple[Any, ...]], rest: float = REST) -> float:
     """Median time of one call, in microseconds, over replays of a CUDA graph that calls `function` in turn.
 
     Args:
         function: launches work on the GPU.
         arguments: what it is called with: the same work on different copies of its data.
+        rest: seconds to wait first, for the clock rate; less where a rough answer will do.
     """
     torch.cuda.synchronize()
-    sleep(REST)
+    sleep(rest)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for args in arguments:

@@ -68,14 +68,15 @@ class Rule(NamedTuple):
 
 # The first rule that fits decides. Those for sm_90 were measured on an H200 (results/matmul.json, k17_few_tokens.json,
 # k22_two_rings.json, attempts.json): lesson 17 serves one token, and a few where a program can hold a row's codes in
-# its registers; lesson 22 the middle, as long as out has no more than two of its largest tiles for each multiprocessor,
-# and rows are not too long for that. What it leaves, of up to 80 tokens lesson 9 takes, of more lesson 12, and lesson 9
-# the groups that only it knows. Where rows are no multiple of 4, as the 50,257 of GPT-2's output layer, lessons 17 and
-# 22 have 0.5 to 0.9 of lesson 9's speed with a few tokens. From some 400 tokens on, lesson 11 leaves the product to the
-# vendor, who has tiles of all sizes: lesson 12 is ahead only where its own happen to fill the machine. To round
-# activations to 8 bits is a pass of its own, and pays from some 3 billion products on, if the weight is not a small
-# one: for 1280 x 1280 and less, 16 bits are as fast or faster, whatever the number of tokens. Lesson 23 was ahead of 13
-# and 15 at all shapes. Rules for any GPU take what asks least of it.
+# its registers; lesson 22 the middle, as long as out has no more than two of its largest tiles for each multiprocessor
+# (four, with up to 128 tokens), and rows are not too long for that. What it leaves, of up to 80 tokens lesson 9 takes,
+# of more lesson 12, and lesson 9 the groups that only it knows. Where rows are no multiple of 4, lessons 12, 17 and 22
+# have 0.5 to 0.9 of lesson 9's speed (measured with the 50,257 of GPT-2's output layer, up to 256 tokens). From some
+# 400 on, lesson 11 leaves the product to the vendor, who has tiles of all sizes: lesson 12 is ahead only where its own
+# happen to fill the machine. To round activations to 8 bits is a pass of its own, and pays from some 3 billion products
+# on, if the weight is not a small one: for 1280 x 1280 and less, 16 bits are as fast or faster, whatever the number of
+# tokens; for 3072 x 768 they are level. Lesson 23 was ahead of 13 and 15 at all shapes. Rules for any GPU take what
+# asks least of it.
 RULES = (
     Rule("sm_90", 8, ANY_NUMBER, 3 * 2**30, 64, "k23_w4a8_rings", least_weight=2**21),
     Rule("sm_7", 8, ANY_NUMBER, 2**32, 16, VENDORS, least_weight=2**21),  # too old for lesson 13
@@ -85,12 +86,13 @@ RULES = (
     Rule("sm_90", 16, 8, 0, 64, "k17_few_tokens", most_columns=8192, most_rows=4096, row_unit=4),
     Rule("sm_90", 16, 16, 0, 64, "k17_few_tokens", most_columns=2048, most_rows=2048, row_unit=4),
     Rule(ANY_GPU, 16, 1, 0, 16, "k10_gemv"),
+    Rule("sm_90", 16, 128, 0, 64, "k22_two_rings", most_outputs=2**22, most_work=2**33, row_unit=4),
     Rule("sm_90", 16, ANY_NUMBER, 0, 64, "k22_two_rings", most_outputs=2**21, most_work=2**33, row_unit=4),
     Rule("sm_90", 16, 80, 0, 16, "k09_split_k"),
-    Rule("sm_90", 16, 384, 0, 64, "k12_hopper"),
+    Rule("sm_90", 16, 384, 0, 64, "k12_hopper", row_unit=4),
+    Rule(ANY_GPU, 16, 256, 0, 16, "k09_split_k"),
     Rule("sm_90", 16, 1024, 0, 64, "k12_hopper", least_fill=0.75),
     Rule("sm_90", 16, 4095, 0, 64, "k12_hopper", least_fill=0.9),
-    Rule(ANY_GPU, 16, 256, 0, 16, "k09_split_k"),
     Rule(ANY_GPU, 16, ANY_NUMBER, 0, 16, VENDORS),
 )
 MEASURED = ("sm_90",)

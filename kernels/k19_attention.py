@@ -68,7 +68,7 @@ microseconds, and takes 169. Programs that have nothing to do, and there are man
 L2 cache meanwhile: a step of XL took 970 microseconds, without that 863. A step does not wait for bytes. Programs of
 one warp that walk along several steps, so that fewer parts are joined: for eight sequences, 25 heads and 1024 positions
 two steps of 32 take 17.0 microseconds for 18.4, four 20.2 (14.5 were predicted), and a decode step of XL then takes
-1755 and 1840 for 1741, of 124M 293 and 287 for 268.
+1755 and 1840 for 1741, of 124M 293 and 287 for 268. (Only medium's gains by two steps: 591 for 629.)
 
 NEXT. The step's two ends: where tokens become numbers, and numbers a token (lesson 20). EXERCISE. Of eight
 sequences parts are joined here. How many bytes would all programs of XL's projection read together if they did it?

@@ -20,8 +20,8 @@ ended. Lesson 17 was made for a handful, and asks for the whole weight before it
 so that the next kernel's programs move in while this one computes, and have their weight when it ends.
 
 One barrier fewer than one would think: whoever is done with a stage of x is done with that step's codes, so the
-producer that waits for the one may refill the other. Where rows are long, there is one fewer still: the weight lies
-in x's ring, and a barrier counts both deliveries. (Short rows make their first operands while x is on its way.)
+producer that waits for the one may refill the other. Some tiles (`RINGS`) spare one more: the weight lies in x's ring,
+and a barrier counts both deliveries. With two, the first operands can be made while x is on its way.
 
 THE PRICE. 8192 x 2048, 128 tokens: 128 programs, 64 x 128 x 2048 products each, 8192 clocks of a multiprocessor's
 tensor cores, 4.7 microseconds. Each program reads all of x, 0.5 MB, from the L2 cache: 64 MB together, 8 to 11
@@ -54,15 +54,15 @@ MEASURED on an H200 (results/k22_two_rings.json: command, versions, date; group 
     M = 16        2.9 (1.95)    3.5 (1.71)    4.8 (2.25)    5.8 (2.38)   13.9 (2.42)
     M = 32        3.1 (1.89)    3.5 (1.78)    5.0 (2.17)    6.6 (2.13)   15.6 (2.22)
     M = 64        3.0 (1.92)    4.1 (1.52)    6.7 (1.66)    7.9 (1.81)   19.0 (1.97)
-    M = 128       3.7 (1.59)    5.4 (1.25)    8.4 (1.36)   10.7 (1.43)   28.2 (1.32)
+    M = 128       3.7 (1.59)    5.3 (1.25)    8.4 (1.36)   10.7 (1.43)   28.2 (1.32)
     M = 256       3.9 (1.53)    6.2 (1.08)   13.7 (1.09)   16.1 (1.31)   50.2 (1.05)
     M = 512       5.2 (1.22)    8.2 (1.11)   26.5 (0.98)   26.0 (1.08)    101 (0.93)
 
 The best of the lessons before took, with 128 tokens, 5.1, 9.3, 14.8, 19.7 and 40.6 (results/attempts.json); with 16,
 18.7 of 8192 x 8192. Large layers with hundreds of tokens are not its: the front door leaves them to lessons 11 and 12.
-The last column goes with the clock rate: 16 tokens took 12.4 to 14.8 microseconds on one day, and most before
-2026-11-24 were measured behind whatever else had just made the GPU hot (`common.py`). So where numbers of that column,
-here and below, lie closer than a tenth, they may be of two clock rates.
+The last column goes with the clock rate: 16 tokens took 12.5 to 14.8 microseconds on one day, 13.0 to 13.9 after the
+rest that `common.py` gives the GPU since 2026-11-24, and most numbers below are from before that. So where those of
+8192 x 8192 lie closer than a tenth, they may be of two clock rates.
 
 Steps of one block took 20.8 microseconds for 16 tokens of 8192 x 8192, 9.4 of 2048 x 8192 and 5.8 of 8192 x 2048; for
 longer ones 11.5, 6.0 and 4.2 were predicted. So the chain was a third of it, where rows are long. What is left? Leave
@@ -74,9 +74,10 @@ out one thing at a time, and see what it had cost (sums wrong, times right; anot
     128, 8192 x 2048       9.0           7.7              8.5             8.7                   9.0
 
 With long rows, nothing: neither bytes nor instructions nor waits (a third warpgroup that shares K takes 14.0 where two
-take 14.4). NVIDIA's profiler, ncu, agrees: of what they could, the memory moves 8 to 44%, the L2 cache 23 to 48%, and
-the schedulers issue 17 to 38%. So ask the other way about: let each warpgroup read a clock before and behind each wait,
-and store it (results/attempts.json). Clocks, means of all programs, with rings of 4 and 8 steps, as they were:
+take 14.4). NVIDIA's profiler, ncu, agrees. Of what they could, the memory moves 44%, the L2 cache 48%, and the
+schedulers issue 38% (16 tokens; with 128 28, 37 and 26%; launches alone, with cold caches, of 17 and 29 us). So ask the
+other way about: let each warpgroup read a clock before and behind each wait, and store it (results/attempts.json).
+Clocks, means of all programs, with rings of 4 and 8 steps, as they were:
 
                           codes there?   fetch them,       x there?   products,      turn to   kernel's end
                                          first operands               operands       first x   to next turn
@@ -91,19 +92,20 @@ and store it (results/attempts.json). Clocks, means of all programs, with rings 
                            them. Rings twice as long end that, but leave no room for the next kernel, and have x wait
                            behind this kernel's own weight: 3,700 clocks to the first x. Shorter ones it is: 6 steps
                            in both rings take 13.6 microseconds where 4 and 8 take 15.5, and 5.3 for 5.6 at 8192 x 2048.
-    two waits a step       cost 85 clocks more than one. In one ring, with one barrier for x and weight: 12.7 for 13.2
-                           (16 tokens of 8192 x 8192; predicted 0.3 less), 14.1 for 14.6 (32), 25.9 for 26.6 (512 of
-                           2048 x 8192). Short rows lose: 5.0 for 4.7 (16 of 8192 x 2048). And 512 tokens of
-                           2048 x 2048 gain nothing, 8.0 for 8.0, where 7.1 was predicted.
+    two waits a step       cost 85 clocks more than one. In one ring, with one barrier for x and weight, side by side:
+                           12.7 for 13.2 (16 tokens of 8192 x 8192; predicted 0.3 less), 14.1 for 14.6 (32), 25.9 for
+                           27.1 (512 of 2048 x 8192). Short rows are for it and against it: 3.9 for 4.1 (16 of
+                           6400 x 1600), but 5.0 for 4.7 (8192 x 2048) and 4.8 for 4.4 (1600 x 6400 in five parts). And
+                           512 of 2048 x 2048 gain nothing, 8.0 for 8.0, where 7.1 was predicted.
     the parts' sum         kept the next kernel's programs out until its own turn had come; so their weight came late.
                            Now it lets them in at once: 6.5 for 7.9 (16 tokens of 2048 x 8192), 12.0 for 13.6 (128).
     128 tokens             have one warpgroup do it all in a row, 465 clocks a block where the products take 256. Steps
                            of two blocks: 351. And it should have the multiprocessor to itself, as in lesson 23: 3 and 4
                            steps in the rings, which leave no room for a second program, take 8.6 microseconds, 3 and 3,
                            which do, 9.8 (ALONE; 8192 x 2048). Perhaps it is not the second program: dealing them out
-                           evenly, 132 of them, changes nothing (9.1 for 9.1 with 512 tokens of 2048 x 2048, 7.3
-                           predicted), and a weight that is asked for a step later comes later, too. Four parts of
-                           2048 x 8192 rather than two: 10.8.
+                           evenly, 132 of them, changes little (9.1 for 9.1 with 512 tokens of 2048 x 2048, 7.3
+                           predicted; 12.0 for 12.5 and, alone, 10.2 for 10.7 with 128 of 2048 x 8192), and a weight
+                           that is asked for a step later comes later, too. Four parts of 2048 x 8192, not two: 10.8.
 
 And two things that no clock told (results/attempts.json; the times before and after, side by side):
 
@@ -142,8 +144,8 @@ as lesson 18 does: 12.4 for 9.2 with 128 tokens of 8192 x 2048; not until all of
 before the wait for the product before last, so that two products are under way: 9.1 for 9.0 (7.3 predicted), and wrong
 sums. 132 programs in place of 128, so that the next kernel's are dealt out evenly: 5.3 for 5.3 (4.9). To give a stage
 back at a step's end, where one of three waits of the whole warpgroup for itself falls away (Triton puts them around
-`arrive`): 13.8 for 13.1, and 8.1 for 8.0 with 512 tokens of 2048 x 2048. Before the wait, an order for a tile of x that
-is not there, so that the copy engine has read x's description: 4.9 for 4.9, and 8.7 for 8.1.
+`arrive`): 13.8 for 13.2, and 8.1 for 8.0 with 512 tokens of 2048 x 2048. Before the wait, an order for a tile of x that
+is not there, so that the copy engine has read x's description: 5.0 for 4.9, and 8.7 for 8.1.
   Parts that meet in pairs inside the kernel, the first to arrive leaving its sums for the second, in place of a launch
 that adds them up. 2048 x 8192: 8.6 for 7.7 with 16 tokens and four parts, 11.4 for 9.3 with 64, and 12.5 for 13.5 with
 128 and two (6.6 and 11.7 predicted). A meeting, through the L2 cache, takes longer than a kernel that is started early.

@@ -44,20 +44,21 @@ from before their loops made scale / row_scale (results/attempts.json):
                 12.2          12.4          13.3          37.0          39.1
     M = 512      5.8 (1.10)    9.1 (1.00)   18.1 (1.44)   20.7 (1.41)   50.6 (1.86)
                 12.2          12.8          21.9          37.7          69.5
-    M = 2048    10.4 (0.86)   18.7 (1.34)   65.5 (1.47)   58.8 (1.53)    193 (1.89)
+    M = 2048    10.4 (0.85)   18.7 (1.34)   65.5 (1.47)   58.8 (1.53)    193 (1.89)
                 14.1          24.6          84.6          74.9           304
 
 Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: the large ones turned out as predicted
 or better, the small ones worse. (Measured right behind other large products the last cell was 231 and 242: an H200
-lowers its clock rate then, and now rests before each measurement, `common.py`.) Group size 64 costs up to 3% more. In
+lowers its clock rate then, and now rests before each measurement, `common.py`.) Group size 64 costs up to 1% more. In
 small layers the floor is not bytes: the product alone takes 5.2 of the first 5.8 at 512 tokens, and a kernel that does
 next to nothing 1.6.
   Which tile? The first rule took the largest that made 100 programs or more. But 80 programs of 128 x 128 are one round
-of an H200's 132 multiprocessors, and 160 of 64 x 128 are two. All tiles, for 20 layers and 128 to 8192 tokens (results/
-attempts.json, "every tile"), show that a round takes as long as its columns, whatever the layer: 50, 31, 21, 15 and
-14.5 microseconds for 8192 columns, from the largest tile down. So `launch_options` adds up rounds. Over 123 problems
-that is 0.2% slower than the best tile in the mean and 6% at worst, where the first rule was 11% slower in the mean and
-71% at worst: 1024 tokens of 1280 x 1280 take 8.8 microseconds for 13.4, 2048 of 768 x 3072 16.8 for 21.3.
+of an H200's 132 multiprocessors, and 160 of 64 x 128 are two. All tiles but the lowest, for 20 layers and 128 to 8192
+tokens, unsplit (results/attempts.json, "every tile"): a round of 8192 columns takes about 50, 31, 21, 15 and 14.5
+microseconds, from the largest tile down, and fewer columns, though they take more than their share of that, rank the
+tiles alike. So `launch_options` adds up rounds. Over some 120 problems that is 0.2% slower than the best tile in the
+mean and 6% at worst, where the first rule was 11% slower in the mean and 71% at worst: 1024 tokens of 1280 x 1280 take
+8.8 microseconds for 13.4, 2048 of 768 x 3072 16.8 for 21.3.
   A surprise: fewer bytes were slower. 256 rows x 128 tokens read a fifth less than 128 rows x 256 tokens, and took 61
 and 62 microseconds where those, beside them, took 51 (8192 x 8192, 512 tokens): every operand then serves half the
 products.
@@ -384,7 +385,7 @@ def w4a8_rings_kernel(
 
 @functools.lru_cache(maxsize=4096)  # every launch asks
 def launch_options(m: int, n: int, k: int, multiprocessors: int = common.H200) -> Mapping[str, int]:
-    """The tiles, no more than half of them empty, whose rounds together take the least time."""
+    """The tiles whose rounds together take the least time; but for the lowest, no more than half of them empty."""
     best = math.inf
     options: dict[str, int] = {}
     for (rows, tokens), (stages, slots, microseconds) in TILES.items():
@@ -395,6 +396,8 @@ def launch_options(m: int, n: int, k: int, multiprocessors: int = common.H200) -
         # Programs share K where tokens are few. A part is 2048 columns long or longer.
         while tokens <= 64 and 2 * split * tiles <= multiprocessors and 2 * split * 2048 <= k:
             split *= 2
+        rounds = common.cdiv(k, 2 * BLOCK * WIDE.value)  # of a step for each warpgroup; a program has whole ones
+        split = common.cdiv(rounds, common.cdiv(rounds, split))
         time = common.cdiv(tiles * split, multiprocessors) * microseconds / split
         if time < best:
             best = time

@@ -65,7 +65,8 @@ def hopper_variants():
             options = {**extras, "GROUP_SIZE": 128, "SPLIT_K": split, "STAGES": stages, "num_warps": 8}
             yield k12_hopper.hopper_kernel, {"x_desc": (dtype, [height, 64])}, pointers, options
         shapes = ((16, 8192, 2048), (128, 2048, 2048), (64, 2048, 8192), (512, 2048, 2048), (512, 8192, 2048))
-        for m, n, k in (*shapes, (16, 50257, 768)):
+        one_ring = ((16, 8192, 8192), (32, 8192, 8192), (512, 2048, 8192))
+        for m, n, k in (*shapes, *one_ring):
             options = {"HAS_BIAS": True, "GROUP_SIZE": 128, "num_warps": 4}
             options |= k22_two_rings.launch_options(m, n, k, options["GROUP_SIZE"])
             wide, split = options.pop("WIDE"), options["SPLIT_K"]

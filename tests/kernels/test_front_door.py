@@ -79,7 +79,11 @@ def relative_error(out, expected):
         ("sm_90", 16, 2048, 8192, 8192, 32, "k11_dequantize_gemm"),
         ("sm_90", 16, 128, 512, 2048, 64, "k22_two_rings"),
         ("sm_90", 16, 1, 50257, 768, 64, "k17_few_tokens"),
-        ("sm_90", 16, 8, 50257, 768, 64, "k09_split_k"),  # rows that others copy first
+        ("sm_90", 16, 8, 50257, 768, 64, "k09_split_k"),  # no multiple of 4
+        ("sm_90", 16, 128, 50257, 768, 64, "k09_split_k"),
+        ("sm_90", 16, 257, 50257, 768, 64, "k12_hopper"),
+        ("sm_90", 16, 128, 32000, 1600, 64, "k22_two_rings"),
+        ("sm_90", 16, 129, 32000, 1600, 64, "k12_hopper"),
         ("sm_90", 8, 2048, 8192, 8192, 64, "k23_w4a8_rings"),
         ("sm_90", 8, 2048, 8192, 8192, 32, "k13_w4a8"),
         ("sm_90", 8, 48, 8192, 8192, 64, "k23_w4a8_rings"),
@@ -143,7 +147,8 @@ def test_a_gradient_is_refused():
 @pytest.fixture
 def rounds(monkeypatch):
     """Has the front door round activations of any number, where it may, not only of so many that it pays."""
-    rules = tuple(rule._replace(least_work=0) if rule.activation_bits == 8 else rule for rule in front_door.RULES)
+    at_all = {"least_work": 0, "least_weight": 0}
+    rules = tuple(rule._replace(**at_all) if rule.activation_bits == 8 else rule for rule in front_door.RULES)
     monkeypatch.setattr(front_door, "RULES", rules)
     front_door.choose_lesson.cache_clear()
     yield
@@ -172,7 +177,9 @@ def test_lessons_are_called_as_they_want_it(gpu, name, shape, n, activation_bits
     x, weight, bias, expected = problem(*shape, n=n, dtype=torch.float16)
     out = kernels.matmul(x, kernels.prepare(weight), bias, activation_bits)
     assert out.shape == expected.shape and out.dtype == x.dtype
-    assert relative_error(out, expected) < (1e-3 if activation_bits == 16 else 0.02)
+    rounded = activation_bits == 8 and name != "sm_75"  # which is too old for lesson 13
+    least, most = (4e-3, 0.02) if rounded else (0, 1e-3)
+    assert least <= relative_error(out, expected) < most
 
 
 def test_when_lesson_9_is_tuned(gpu, monkeypatch):
@@ -382,16 +389,17 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tune, monkeypatch, tmp_pat
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation_bits", [16, 8])
 @pytest.mark.parametrize("group_size", [32, 64, 1600])
+@pytest.mark.parametrize("n", [1000, 1001])
 @pytest.mark.parametrize("m", [0, 1, 2, 9, 17, 64, 300, 2048])
-def test_every_lesson_on_a_gpu(monkeypatch, tmp_path, autotune, dtype, activation_bits, group_size, m):
+def test_every_lesson_on_a_gpu(monkeypatch, tmp_path, autotune, dtype, activation_bits, group_size, n, m):
     monkeypatch.setenv("MINIGPT_CACHE", str(tmp_path))
     monkeypatch.setenv("MINIGPT_AUTOTUNE", autotune)
-    x, weight, bias, expected = problem(m, 1600, n=1001, group_size=group_size, dtype=dtype, device=DEVICE)
-    tolerance = max(TOLERANCE[dtype], 1e-5) if activation_bits == 16 else 0.03
+    x, weight, bias, expected = problem(m, 1600, n=n, group_size=group_size, dtype=dtype, device=DEVICE)
+    least, most = (0, max(TOLERANCE[dtype], 1e-5)) if activation_bits == 16 else (4e-3, 0.03)
     for form in FORMS.values():
         out = kernels.matmul(x, form(weight), bias, activation_bits)
         assert out.shape == expected.shape and out.dtype == dtype
-        assert m == 0 or relative_error(out, expected) < tolerance
+        assert m == 0 or least <= relative_error(out, expected) < most
 
 
 @pytest.mark.usefixtures("rounds")

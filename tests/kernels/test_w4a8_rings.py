@@ -84,12 +84,15 @@ def problem(m, n, k, group_size, dtype=torch.float16):
 
 
 def test_every_shape_has_options():
-    for m in (1, 64, 129, 512, 2048, 10000):
+    for m in (1, 16, 64, 129, 512, 2048, 10000):
         for n in (1, 64, 512, 4160, 8192, 50257):
-            for k in (64, 2048, 8192, 16384):
-                options = k23_w4a8_rings.launch_options(m, n, k)
+            for k, count in ((64, 132), (2048, 132), (8192, 114), (16384, 132), (16640, 132), (20480, 78)):
+                options = k23_w4a8_rings.launch_options(m, n, k, count)
                 assert options["SPLIT_K"] * 2048 <= max(k, 2048)
                 assert options["BLOCK_M"] <= max(16, 2 * m - 1)
+                rounds = -(-k // 512)
+                part = -(-rounds // options["SPLIT_K"])
+                assert (options["SPLIT_K"] - 1) * part < rounds, "the last program would have nothing to do"
 
 
 @pytest.mark.parametrize("tile", list(k23_w4a8_rings.TILES))
