@@ -357,7 +357,7 @@ def run_lesson(check: Callable[[], Iterator[Check]], bench: Callable[[], list[Ro
     if args.json and not args.bench:
         parser.error("--json saves what --bench measures: give both")
     if args.bench and DEVICE.type != "cuda":
-        parser.error("--bench needs a GPU, and torch sees none here; --check runs everywhere")
+        parser.error("--bench needs a GPU, and torch sees none here; --check does what it can without")
     run_script(lambda: _run_lesson(args, check, bench))
 
 

@@ -29,6 +29,7 @@ NEXT. Lesson 1 does the quantizing and packing in one pass over the weight, in T
 EXERCISE. Run this file, and work out one of its scales, its zero and a code or two by hand.
 """
 
+import argparse
 from typing import NamedTuple
 
 import torch
@@ -267,4 +268,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     main()

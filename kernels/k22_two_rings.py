@@ -29,7 +29,7 @@ microseconds at 6 to 8 TB/s. So 9 or 10, where lesson 12 takes 14.8 and fp16 11.
   With few tokens there is another price. A step is a chain: wait for the barriers, fetch the codes from shared memory,
 make operands of them, start the products. A block of 64 columns at a time takes 400 to 500 clocks however few tokens
 there are, and 8192 columns are 128 of them. So a step has two blocks, and four where rows are long and tokens few: the
-machine code has 84 instructions a block in place of 100, a quarter of the barriers, and 110 clocks.
+machine code has 84 instructions a block in place of 100, a quarter of the barriers, and a block takes 110 clocks.
 
 WHO READS WHAT. A block of a row tile is 512 bytes in one piece (kernels.prepared), a program's 64 rows are four of
 them, and one order to the copy engine brings all that a step reads, as a box of three dimensions:

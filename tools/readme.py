@@ -292,9 +292,22 @@ def accuracy_of(rows: list[dict[str, Any]]) -> str:
     note = (
         f"Rise of perplexity over FP16's {first['fp16_perplexity']:.2f} (and KL divergence from FP16, in nats a token) "
         f"for each group size: {first['model']} on {first['text']}, {first['tokens_scored']:,} tokens scored, windows "
-        f"of {first['context_length']}, stride {first['stride']}.{calibration_of(rows)} {provenance(rows)}"
+        f"of {first['context_length']}, stride {first['stride']}.{peers_bits(rows, bits)}{calibration_of(rows)} "
+        f"{provenance(rows)}"
     )
     return markdown(columns, cells) + f"\n\n{note}"
+
+
+def peers_bits(rows: list[dict[str, Any]], bits: dict[int | str, float]) -> str:
+    """A sentence on the bits a weight of those peers for whom they are other than `bits`, by group size, says."""
+    others = {
+        (row["method"].removeprefix("peer:"), row["group_size"]): row["bits_per_weight"]
+        for row in rows
+        if row["peer_version"] and abs(row["bits_per_weight"] - bits.get(row["group_size"], 0)) > 0.005
+    }
+    cheapest_first = sorted(others.items(), key=lambda other: (other[0][0], other[1]))
+    said = ", ".join(f"{peer} {cost:.2f} in groups of {size}" for (peer, size), cost in cheapest_first)
+    return f" Peers that take other bits than the column's: {said}." if said else ""
 
 
 def calibration_of(rows: list[dict[str, Any]]) -> str:
