@@ -47,11 +47,11 @@ from before their loops made scale / row_scale (results/attempts.json):
     M = 2048    10.4 (0.85)   18.7 (1.34)   65.5 (1.47)   58.8 (1.53)    193 (1.89)
                 14.1          24.6          84.6          74.9           304
 
-Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: the large ones turned out as predicted
-or better, the small ones worse. (Measured right behind other large products the last cell was 231 and 242: an H200
-lowers its clock rate then, and now rests before each measurement, `common.py`.) Group size 64 costs up to 1% more. In
-small layers the floor is not bytes: the product alone takes 5.2 of the first 5.8 at 512 tokens, and a kernel that does
-next to nothing 1.6.
+Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x 8192 turned out better, the
+other large ones about as predicted, the small ones worse. (Measured right behind other large products the last cell was
+231 and 242: an H200 lowers its clock rate then, and now rests before each measurement, `common.py`.) Group size 64
+costs up to 1% more. In small layers the floor is not bytes: the product alone takes 5.2 of the first 5.8 at 512 tokens,
+and a kernel that does next to nothing 1.6.
   Which tile? The first rule took the largest that made 100 programs or more. But 80 programs of 128 x 128 are one round
 of an H200's 132 multiprocessors, and 160 of 64 x 128 are two. All tiles but the lowest, for 20 layers and 128 to 8192
 tokens, unsplit (results/attempts.json, "every tile"): a round of 8192 columns takes about 50, 31, 21, 15 and 14.5
