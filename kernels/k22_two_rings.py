@@ -176,7 +176,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
-from kernels.parts import add_up
+from kernels.parts import add_up, parts_with_work
 from kernels.prepared import BLOCK, PreparedWeight, prepare
 from kernels.rings import describe_swizzled, describe_weight, fetch_weight, load_tile, plain_plane
 from kernels.row_tiles import unpack
@@ -447,7 +447,7 @@ def launch_options(m: int, n: int, k: int, group_size: int, multiprocessors: int
     while wide > 1 and (wide * BLOCK) % group_size and group_size % (wide * BLOCK):  # a step would cut groups in two
         wide, stages, slots = wide // 2, stages * 2, slots * 2
     rounds = common.cdiv(k, BLOCK * wide * shares * unroll_of(wide))  # of steps; a program has whole ones, one at least
-    split = common.cdiv(rounds, common.cdiv(rounds, split))
+    split = parts_with_work(rounds, split)
     options = {"BLOCK_M": height, "WIDE": wide, "SPLIT_K": split, "SHARES": shares, "STAGES": stages, "SLOTS": slots}
     if shares == 1:
         options["maxnreg"] = 80 if height <= 32 else 128  # on average: 24 for the producer, for the others the rest

@@ -49,9 +49,9 @@ from before their loops made scale / row_scale (results/attempts.json):
 
 Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x 8192 turned out better, the
 other large ones about as predicted, the small ones worse. (Measured right behind other large products the last cell was
-231 and 242: an H200 lowers its clock rate then, and now rests before each measurement, `common.py`.) Group size 64
-costs up to 1% more. In small layers the floor is not bytes: the product alone takes 5.2 of the first 5.8 at 512 tokens,
-and a kernel that does next to nothing 1.6.
+242: an H200 lowers its clock rate then, and now rests before each measurement, `common.py`.) Group size 64 costs up to
+1% more. In small layers the floor is not bytes: the product alone takes 5.2 of the first 5.8 at 512 tokens, and a
+kernel that does next to nothing 1.6.
   Which tile? The first rule took the largest that made 100 programs or more. But 80 programs of 128 x 128 are one round
 of an H200's 132 multiprocessors, and 160 of 64 x 128 are two. All tiles but the lowest, for 20 layers and 128 to 8192
 tokens, unsplit (results/attempts.json, "every tile"): a round of 8192 columns takes about 50, 31, 21, 15 and 14.5
@@ -103,7 +103,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels import common
 from kernels.activations import quantize_activations
-from kernels.parts import add_up
+from kernels.parts import add_up, parts_with_work
 from kernels.prepared import BLOCK, PreparedWeight, prepare
 from kernels.rings import describe_swizzled, describe_weight, fetch_weight, load_tile, plain_plane
 from kernels.row_tiles import invert, make_operand
@@ -386,6 +386,7 @@ def w4a8_rings_kernel(
 @functools.lru_cache(maxsize=4096)  # every launch asks
 def launch_options(m: int, n: int, k: int, multiprocessors: int = common.H200) -> Mapping[str, int]:
     """The tiles whose rounds together take the least time; but for the lowest, no more than half of them empty."""
+    pairs = common.cdiv(k, 2 * BLOCK * WIDE.value)  # of steps, one for each warpgroup; a part has whole ones
     best = math.inf
     options: dict[str, int] = {}
     for (rows, tokens), (stages, slots, microseconds) in TILES.items():
@@ -396,8 +397,7 @@ def launch_options(m: int, n: int, k: int, multiprocessors: int = common.H200) -
         # Programs share K where tokens are few. A part is 2048 columns long or longer.
         while tokens <= 64 and 2 * split * tiles <= multiprocessors and 2 * split * 2048 <= k:
             split *= 2
-        rounds = common.cdiv(k, 2 * BLOCK * WIDE.value)  # of a step for each warpgroup; a program has whole ones
-        split = common.cdiv(rounds, common.cdiv(rounds, split))
+        split = parts_with_work(pairs, split)
         time = common.cdiv(tiles * split, multiprocessors) * microseconds / split
         if time < best:
             best = time

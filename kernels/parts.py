@@ -39,6 +39,11 @@ def add_up_kernel(
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def parts_with_work(rounds: int, parts: int) -> int:
+    """How many of `parts` have any of `rounds` of a loop to do, if each takes as many as the first: at least one."""
+    return common.cdiv(rounds, common.cdiv(rounds, parts))
+
+
 def add_up(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out = the sum of the parts, + bias.
 
