@@ -110,7 +110,7 @@ def few_tokens_kernel(
     tokens = tl.arange(0, BLOCK_M)  # [BLOCK_M]
     offs_k = tl.arange(0, BLOCK_K)  # [BLOCK_K]
     code_ptrs = codes_ptr + tl.minimum(rows, N - 1).to(tl.int64)[:, None] * K + offs_k[None, :]  # [ROWS, BLOCK_K]
-    x_ptrs = x_ptr + tl.minimum(tokens, M - 1)[None, :] * K + offs_k[:, None]  # [BLOCK_K, BLOCK_M]
+    x_ptrs = x_ptr + tokens[None, :] * K + offs_k[:, None]  # [BLOCK_K, BLOCK_M]
     scales = tl.load(scales_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -120,7 +120,7 @@ def few_tokens_kernel(
     for start in range(0, K, BLOCK_K):
         mask = start + offs_k < K
         codes = tl.load(code_ptrs + start, mask=mask[None, :], other=0)
-        x = tl.load(x_ptrs + start, mask=mask[:, None], other=0.0)
+        x = tl.load(x_ptrs + start, mask=mask[:, None] & (tokens < M)[None, :], other=0.0)
         acc = tl.dot(codes.to(x.dtype), x, acc)  # NEW: whole numbers as they are
     result = acc * scales[:, None]
     out_ptrs = out_ptr + tokens.to(tl.int64)[None, :] * N + rows[:, None]

@@ -196,7 +196,7 @@ RINGS = {
 SHORT = (2, 8, 8)  # the same for two warpgroups and up to 32 tokens, where a program's rows are short
 ALONE = (2, 3, 4)  # and for 128 tokens, if each program may have a multiprocessor: then no second one fits beside it
 ALONE_LONG = (2, 5, 0)  # where its rows are long
-FEWEST_PROGRAMS = {128: 75, 64: 64, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
+FEWEST_PROGRAMS = {128: 75, 64: 67, 32: 64, 16: 1}  # tokens a program -> with fewer programs, lower tiles are faster
 
 
 @gluon.constexpr_function
