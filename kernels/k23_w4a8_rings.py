@@ -378,8 +378,7 @@ def w4a8_rings_kernel(
         there = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
         for which in gl.static_range(2):
             mbarrier.init(there.index(which), count=1)
-        plain: gl.constexpr = spread(BLOCK_M // 2)
-        sums = gl.allocate_shared_memory(gl.int32, [2, ROWS, BLOCK_M // 2], plain)
+        sums = gl.allocate_shared_memory(gl.int32, [2, ROWS, BLOCK_M // 2], spread(BLOCK_M // 2))
         handed_over = (sums, there)
     fetched = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(fetched, count=1)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 
@@ -234,8 +235,9 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path):
 
 def run_script(main, **options):
     """Starts a program that runs `main`, the text of a function, as lessons and the bench run theirs."""
-    program = f"from kernels import common\ncommon.run_script({main})"
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options)
+    command = [sys.executable, "-c", f"from kernels import common\ncommon.run_script({main})"]
+    listen = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a background job may not by itself
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=listen, **options)
 
 
 @pytest.mark.parametrize(
