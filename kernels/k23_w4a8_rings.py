@@ -77,11 +77,16 @@ kernel in at once: 11.3 for 12.6 with 128 tokens of 2048 x 8192.
 every one (its message C7512). There a step's last product is waited for; the other warpgroup has the tensor cores
 meanwhile. Without that need, not to wait gains 3 to 6%.
 
-NEXT. Small layers. Where does a warpgroup's time go with 512 tokens of 2048 x 2048? By ncu's samples of one launch
-alone, 23% is the start, 6% waiting for codes, 17% for x8, 29% the loop's instructions, 7% waiting for the other's sums,
-and 18% the end, where the other warpgroup had nothing to do. Since then each finishes half of the tile, and the sums
-lie in shared memory so that no two threads want one bank: 8.1 for 9.1 microseconds (8.25 predicted; the table above
-is from before). EXERCISE. Let the product's programs quantize the tokens themselves: who would find a
+  Where did a warpgroup's time go with 512 tokens of 2048 x 2048? By ncu's samples of one launch alone, 23% was the
+start, 6% waiting for codes, 17% for x8, 29% the loop's instructions, 7% waiting for the other's sums, and 18% the end,
+where the other warpgroup had nothing to do. Since then each finishes half of the tile (`exchange`), and the sums lie in
+shared memory so that no two threads of a warp want one bank (`spread`): 8.1 for 9.1 microseconds, 8.25 predicted.
+
+NEXT. Small layers. Clocks of the same kernel, nanoseconds since the kernel before it ended: the pass over x has its
+turn after 770, and has stored x8 after 2560; the product has its turn after 3070 and the first x8 after 3850, takes 950
+for four blocks, and is done after 7240; the sums are exchanged by 7870, everything is stored by 8420. Meanwhile each
+multiprocessor takes in 85 to 90 bytes a nanosecond, and in lesson 22's kernel no less: so two programs that share
+x's tiles would help here, too. EXERCISE. Let the product's programs quantize the tokens themselves: who would find a
 token's largest number, and how often would x be read? Say first for which of the shapes above it could pay.
 """
 
@@ -106,7 +111,7 @@ from kernels import common
 from kernels.activations import quantize_activations
 from kernels.parts import add_up, parts_with_work
 from kernels.prepared import BLOCK, PreparedWeight, prepare
-from kernels.rings import describe_swizzled, describe_weight, fetch_weight, load_tile, plain_plane
+from kernels.rings import describe_swizzled, describe_weight, fetch_weight, load_tile, plain_plane, spread
 from kernels.row_tiles import invert, make_operand
 
 TOLERANCE = 0.02  # relative error, as in lesson 13
@@ -249,13 +254,6 @@ def multiply(
             acc = warpgroup_mma_init(warpgroup_mma_wait(0, deps=(acc,)))
             mbarrier.arrive(x_empty.index(stage), count=1)
     return warpgroup_mma_wait(0, deps=(acc,))
-
-
-@gluon.constexpr_function
-def spread(tokens):
-    """Rows of 4-byte numbers in shared memory: what a warp writes at once, 8 rows by 8 columns, lies in all banks."""
-    rows = max(1, 32 // tokens)  # that fill the banks once
-    return gl.SwizzledSharedLayout(4, rows, 8 // rows, [1, 0])
 
 
 @gluon.jit

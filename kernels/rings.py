@@ -1,4 +1,4 @@
-"""How the copy engine (TMA) brings tiles into shared memory: for lessons 12, 15, 22 and 23.
+"""How tiles lie in shared memory, and how the copy engine (TMA) brings them there: for lessons 12, 15, 22 and 23.
 
 A ring is a row of places in shared memory that are filled in turn. A producer warp orders a tile for the next place,
 telling a barrier how many bytes to expect; whoever computes waits for that barrier, and later says that it is done.
@@ -23,6 +23,16 @@ load_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glo
 def plain_plane(bits):
     """Rows of numbers of so many bits, in order."""
     return gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+
+
+@gluon.constexpr_function
+def spread(tokens):
+    """How two warpgroups hand over sums [rows, tokens] of 4 bytes: what a warp writes at once lies in all banks.
+
+    That is 8 rows by 8 tokens, as wgmma leaves them in registers.
+    """
+    rows = max(1, 32 // tokens)  # that fill the banks once
+    return gl.SwizzledSharedLayout(4, rows, 8 // rows, [1, 0])
 
 
 @gluon.jit
