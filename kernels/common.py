@@ -8,8 +8,8 @@ Before each measurement the GPU rests for a fifth of a second. What large produc
 H200 lower its clock rate, from 1.98 to 1.5 GHz and less, and what comes right behind them is measured at that rate; it
 shows most where int4 waits for its own instructions, and FP16 for memory. Lesson 22, 16 tokens of 8192 x 8192, behind
 products of 2048 tokens (results/attempts.json): at once 16.4 and 16.6 microseconds, after 0.05 seconds 13.6 and 14.1,
-after 0.1 13.0 and 13.9, after 0.2 and 0.5 13.0; FP16 34.8, 33.8, 33.5 and 33.4. (Measured so: matmul.json and lessons
-22 and 23. The other results are from before, behind whatever came before them.)
+after 0.1 13.0 and 13.9, after 0.2 and 0.5 13.0; FP16 34.8, 33.8, 33.5 and 33.4. (Lessons
+1, 2 and 14, measured before the rest came, have no large products.)
 """
 
 import argparse

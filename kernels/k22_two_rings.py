@@ -51,12 +51,12 @@ Where there are few tiles, programs share K as in lesson 12, and `parts.py` adds
 MEASURED on an H200 (results/k22_two_rings.json: command, versions, date; group size 128), microseconds (times fp16):
 
     N x K           512x2048     2048x2048     8192x2048     2048x8192     8192x8192
-    M = 16        2.9 (1.95)    3.5 (1.71)    4.8 (2.25)    5.8 (2.38)   13.9 (2.42)
-    M = 32        3.1 (1.89)    3.5 (1.78)    5.0 (2.17)    6.6 (2.13)   15.6 (2.22)
-    M = 64        3.0 (1.92)    4.1 (1.52)    6.7 (1.66)    7.9 (1.81)   19.0 (1.97)
-    M = 128       3.7 (1.59)    5.3 (1.25)    8.4 (1.36)   10.7 (1.43)   28.2 (1.32)
-    M = 256       3.9 (1.53)    6.2 (1.08)   13.7 (1.09)   16.1 (1.31)   50.2 (1.05)
-    M = 512       5.2 (1.22)    8.2 (1.11)   26.5 (0.98)   26.0 (1.08)    101 (0.93)
+    M = 16        2.9 (1.95)    3.5 (1.71)    4.9 (2.17)    5.9 (2.33)   13.0 (2.61)
+    M = 32        3.1 (1.88)    3.3 (1.83)    5.0 (2.18)    6.5 (2.19)   15.3 (2.27)
+    M = 64        2.9 (1.98)    4.0 (1.55)    6.9 (1.70)    7.9 (1.81)   20.0 (1.85)
+    M = 128       3.5 (1.71)    4.6 (1.46)    8.5 (1.36)   10.6 (1.46)   28.2 (1.33)
+    M = 256       3.9 (1.52)    6.2 (1.07)   13.8 (1.09)   16.0 (1.33)   49.9 (1.05)
+    M = 512       4.4 (1.45)    8.1 (1.12)   26.5 (0.98)   26.0 (1.15)    101 (0.93)
 
 The best of the lessons before took, with 128 tokens, 5.1, 9.3, 14.8, 19.7 and 40.6 (results/attempts.json); with 16,
 18.7 of 8192 x 8192. Large layers with hundreds of tokens are not its: the front door leaves them to lessons 11 and 12.
@@ -128,7 +128,9 @@ spread over twice as many banks as rows of 32.
   A surprise, still with one block a step: what counts is not bytes. Tiles of 128 rows x 64 tokens carry a third fewer
 of them, weight and x, through the L2 cache than 64 x 128 (8192 x 2048, 128 tokens: 52 MB instead of 77), and took 11.2
 microseconds where those took 9.8. Nor is it the number of programs: at 2048 x 2048 and 128 tokens 64 of them with 64
-tokens took 6.0, 128 with 32 tokens 6.5.
+tokens took 6.0, 128 with 32 tokens 6.5. With steps of two blocks, and two warpgroups in each program, that turned
+round: 5.4 and 4.5, 512 tokens of 512 x 2048 5.8 and 4.4. Where it makes 256 programs of 128 it did not: 1024 tokens of
+that 5.8 and 7.2.
   Tried and failed (results/attempts.json). The next step's codes in registers before the wait: 5.3 for 5.8 at
 8192 x 2048 and 16 tokens, but 16.9 for 15.3 at 8192 x 8192. With one block a step, 8192 x 2048: each program starting
 elsewhere along K, so that not all ask for the same tile of x at once: 10.9 for 9.8, though a division more a block is
@@ -148,8 +150,10 @@ as lesson 18 does: 12.4 for 9.2 with 128 tokens of 8192 x 2048; not until all of
 before the wait for the product before last, so that two products are under way: 9.1 for 9.0 (7.3 predicted), and wrong
 sums. 132 programs in place of 128, so that the next kernel's are dealt out evenly: 5.3 for 5.3 (4.9). To give a stage
 back at a step's end, where one of three waits of the whole warpgroup for itself falls away (Triton puts them around
-`arrive`): 13.8 for 13.2, and 8.1 for 8.0 with 512 tokens of 2048 x 2048. Before the wait, an order for a tile of x that
-is not there, so that the copy engine has read x's description: 5.0 for 4.9, and 8.7 for 8.1.
+`arrive`): 13.8 for 13.2, and 8.1 for 8.0 with 512 tokens of 2048 x 2048. Each of two warpgroups that share K to finish
+half of the tokens, as in lesson 23: 14.1 for 13.5 with 16 tokens of 8192 x 8192, no more than 2% either way with 64.
+Before the wait, an order for a tile of x that is not there, so that the copy engine has read x's description: 5.0 for
+4.9, and 8.7 for 8.1.
   Parts that meet in pairs inside the kernel, the first to arrive leaving its sums for the second, in place of a launch
 that adds them up. 2048 x 8192: 8.6 for 7.7 with 16 tokens and four parts, 11.4 for 9.3 with 64, and 12.5 for 13.5 with
 128 and two (6.6 and 11.7 predicted). A meeting, through the L2 cache, takes longer than a kernel that is started early.

@@ -36,22 +36,22 @@ microseconds (times fp16); under it lesson 15 or, up to 64 tokens, lesson 13, bo
 from before their loops made scale / row_scale (results/attempts.json):
 
     N x K        512x2048      2048x2048     8192x2048     2048x8192     8192x8192
-    M = 1        4.1 (1.40)    4.4 (1.39)    6.0 (1.78)    6.6 (2.05)   15.9 (2.42)
+    M = 1        4.1 (1.37)    4.4 (1.38)    6.1 (1.77)    6.7 (2.11)   16.0 (2.39)
                 11.5          11.7          12.2                        37.2
-    M = 16       4.3 (1.35)    4.5 (1.34)    6.6 (1.63)    6.9 (1.99)   16.3 (2.11)
+    M = 16       4.4 (1.30)    4.7 (1.30)    6.7 (1.58)    7.0 (1.98)   16.6 (2.05)
                 11.2          11.5          12.0          34.7          36.3
-    M = 128      4.6 (1.27)    6.1 (1.09)    9.7 (1.20)   11.5 (1.35)   21.7 (1.72)
+    M = 128      4.9 (1.20)    6.0 (1.11)    8.8 (1.31)   10.8 (1.43)   20.5 (1.82)
                 12.2          12.4          13.3          37.0          39.1
-    M = 512      5.8 (1.10)    9.1 (1.00)   18.1 (1.44)   20.7 (1.41)   50.6 (1.86)
+    M = 512      5.6 (1.14)    8.1 (1.13)   18.4 (1.41)   19.9 (1.44)   50.5 (1.85)
                 12.2          12.8          21.9          37.7          69.5
-    M = 2048    10.4 (0.85)   18.7 (1.34)   65.5 (1.47)   58.8 (1.53)    193 (1.89)
+    M = 2048     9.6 (0.92)   18.5 (1.33)   64.6 (1.50)   58.6 (1.54)    192 (2.03)
                 14.1          24.6          84.6          74.9           304
 
 Predicted were 5.4, 7.5, 17, 20, 62 at 512 tokens and 8, 15, 65, 58, 215 at 2048: 8192 x 8192 turned out better, the
 other large ones about as predicted, the small ones worse. (Measured right behind other large products the last cell was
 242: an H200 lowers its clock rate then, and now rests before each measurement, `common.py`.) Group size 64 costs up to
-1% more. In small layers the floor is not bytes: the product alone takes 5.2 of the first 5.8 at 512 tokens, and a
-kernel that does next to nothing 1.6.
+1% more. In small layers the floor is not bytes: at 512 tokens of 512 x 2048 the product alone took 5.2 of what were
+5.8 then, and a kernel that does next to nothing takes 1.6.
   Which tile? The first rule took the largest that made 100 programs or more. But 80 programs of 128 x 128 are one round
 of an H200's 132 multiprocessors, and 160 of 64 x 128 are two. All tiles but the lowest, for 20 layers and 128 to 8192
 tokens, unsplit (results/attempts.json, "every tile"): a round of 8192 columns takes about 50, 31, 21, 15 and 14.5
@@ -80,14 +80,18 @@ meanwhile. Without that need, not to wait gains 3 to 6%.
   Where did a warpgroup's time go with 512 tokens of 2048 x 2048? By ncu's samples of one launch alone, 23% was the
 start, 6% waiting for codes, 17% for x8, 29% the loop's instructions, 7% waiting for the other's sums, and 18% the end,
 where the other warpgroup had nothing to do. Since then each finishes half of the tile (`exchange`), and the sums lie in
-shared memory so that no two threads of a warp want one bank (`spread`): 8.1 for 9.1 microseconds, 8.25 predicted.
+shared memory so that no two threads of a warp want one bank (`spread`): 8.1 for 9.1 microseconds, 8.25 predicted. With
+16 tokens there is little to share, and one more wait: 16.6 for 16.0 (8192 x 8192).
 
 NEXT. Small layers. Clocks of the same kernel, nanoseconds since the kernel before it ended: the pass over x has its
 turn after 770, and has stored x8 after 2560; the product has its turn after 3070 and the first x8 after 3850, takes 950
 for four blocks, and is done after 7240; the sums are exchanged by 7870, everything is stored by 8420. Meanwhile each
-multiprocessor takes in 85 to 90 bytes a nanosecond, and in lesson 22's kernel no less: so two programs that share
-x's tiles would help here, too. EXERCISE. Let the product's programs quantize the tokens themselves: who would find a
-token's largest number, and how often would x be read? Say first for which of the shapes above it could pay.
+multiprocessor takes in 85 to 90 bytes a nanosecond; a kernel that does nothing else takes in 125
+(results/attempts.json), so it is not bytes that it waits for. Probably it is operands: 237 nanoseconds a block, more
+than 400 clocks, one after the other, where a block's products take 128 clocks and its 84 instructions could be issued
+in as many. Would several blocks' operands, made side by side, wait less? EXERCISE. Let the product's programs quantize
+the tokens themselves: who would find a token's largest number, and how often would x be read? Say first for which of
+the shapes above it could pay.
 """
 
 import functools
