@@ -25,8 +25,8 @@ THE LAUNCH ORDER. Programs that run at the same time should share inputs, so tha
 the output row by row would stream all of w for each row of tiles; walking it in bands GROUP_M tiles tall, column by
 column, lets a band's programs share a few tiles of w and of x. (GROUP_M has nothing to do with quantization groups.)
 
-MEASURED on an H200 (results/k03_matmul.json: command, versions, date; 8192 x 8192): M = 1 takes 35 microseconds, a
-little less than torch's matmul; M = 16 is 0.94x of it, M = 128 0.68x, M = 512 0.55x, M = 2048 0.75x. Predicted: near
+MEASURED on an H200 (results/k03_matmul.json: command, versions, date; 8192 x 8192): M = 1 takes 36 microseconds, a
+little less than torch's matmul; M = 16 is 0.94x of it, M = 128 0.68x, M = 512 0.57x, M = 2048 0.73x. Predicted: near
 1x where bytes decide, and 0.7x where arithmetic does, for the vendor's kernels use Hopper's copy engine and
 warps with roles, and this one does not.
   A surprise: at M = 1 fifteen of the sixteen rows of each tile are padding, and it does not matter at all. Tensor

@@ -21,15 +21,15 @@ WHO READS WHAT. As in lesson 3, with w's tile [BLOCK_K, BLOCK_N] made from
     qweight [BLOCK_K / 8, BLOCK_N] words      element (k, n) is nibble k % 8 of word (k // 8, n)
     scales, zeros [BLOCK_N]                   BLOCK_K divides GROUP_SIZE, so one row of each serves a whole step
 
-MEASURED on an H200 (results/k04_w4a16.json: command, versions, date; 8192 x 8192, group size 64): 81 microseconds at
-M = 1, where fp16 takes 38: 0.46x, and 11% of the roofline. At M = 128 0.21x, at M = 2048 0.22x, 22% of the roofline.
+MEASURED on an H200 (results/k04_w4a16.json: command, versions, date; 8192 x 8192, group size 64): 79 microseconds at
+M = 1, where fp16 takes 38: 0.48x, and 11% of the roofline. At M = 128 0.21x, at M = 2048 0.20x, 24% of the roofline.
 Predicted: 0.5x at M = 1, as eight loads of a word make 268 MB of requests out of 34, twice fp16's; and 0.3x where
 arithmetic decides.
   Tried and failed: a pointer a weight for scales and zeros as well, which looks just as innocent. 1,334 microseconds
-at M = 1 (results/attempts.json), 0.03x: sixteen times slower than this. Zeros that are neighbours along N share a
+at M = 1 (results/attempts.json), 0.03x: seventeen times slower than this. Zeros that are neighbours along N share a
 word, so their addresses repeat and cannot be loaded as vectors, but 4 bytes at a time, each a request of its own.
   A surprise: dequantizing the whole weight to memory first (lesson 2, 49 microseconds) and then calling fp16's matmul
-takes as long at 16 tokens, and half as long at 128: 49 + 37 microseconds against 179. Lesson 11 comes back to that.
+takes as long at 16 tokens, and half as long at 128: 49 + 38 microseconds against 180. Lesson 11 comes back to that.
 
 NEXT. The lessons to come load each word once. EXERCISE. Count the instructions a weight in the loop, and compare
 their time at four a cycle and multiprocessor with what was measured at M = 2048.

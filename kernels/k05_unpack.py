@@ -38,17 +38,17 @@ WHO READS WHAT. A step takes BLOCK_K = 128 weights along K, so that each product
 MEASURED on an H200 (results/k05_unpack.json: command, versions, date; 8192 x 8192, group size 64). It is slower:
 
     M              1      16     128     512    2048
-    lesson 4      81      82     179     728    1790    microseconds
-    lesson 5      90     133     420    1702    5967
-    of fp16    0.42x   0.25x   0.09x   0.05x   0.06x    10% of the roofline at M = 1, 7% at M = 2048
+    lesson 4      79      81     180     725    1754    microseconds
+    lesson 5      88     129     414    1686    5917
+    of fp16    0.43x   0.27x   0.09x   0.05x   0.06x    10% of the roofline at M = 1, 7% at M = 2048
 
 Predicted: 0.6x of fp16 at M = 1, half the instructions, but every step waits for its x; 0.35x at M = 2048. Half the
-instructions, and up to 3.3 times the time: in this form the idea does not pay. Probably THE CATCH is why, eight loads
+instructions, and up to 3.4 times the time: in this form the idea does not pay. Probably THE CATCH is why, eight loads
 of x a step with 2 useful bytes of every 16, which cannot be asked for ahead; no profiler has looked. Two things speak
 for it: the loss grows with M, as x does, and lesson 6, which makes those loads wide and keeps the rest, takes 369
 microseconds at M = 512, where both have tiles of 64 tokens. Who counts instructions must count waiting as well.
-  A surprise: at group size 128 a step has one row of scales and zeros and not two, and M = 1 takes 77 microseconds.
-It is the one place where this lesson beats the one before, which takes 80.
+  A surprise: at group size 128 a step has one row of scales and zeros and not two, and M = 1 takes 75 microseconds.
+It is the one place where this lesson beats the one before, which takes 78.
   Tried: tiles of 128 x 128. Compiled for an A100, whose warps each dequantize the whole of w's tile, they spill
 registers.
 

@@ -43,12 +43,12 @@ WHO READS WHAT.
         w  [BLOCK_K/4, BLOCK_N]
     scale_zeros  [groups, N] words            a row a step where a step lies in one group; else a row a slice
 
-MEASURED on an H200 (results/k06_layout.json: command, versions, date; 8192 x 8192, group size 64): 48 microseconds at
-M = 1, 0.78x of fp16 and 18% of the roofline; 0.69x at M = 16, 0.31x at 128, 0.25x at 512; 856 microseconds at
-M = 2048, 0.41x and 46% of the roofline. Against lesson 5 that is 1.9 times as fast at M = 1 and 7 times at M = 2048.
+MEASURED on an H200 (results/k06_layout.json: command, versions, date; 8192 x 8192, group size 64): 47 microseconds at
+M = 1, 0.82x of fp16 and 18% of the roofline; 0.72x at M = 16, 0.31x at 128, 0.25x at 512; 850 microseconds at
+M = 2048, 0.43x and 49% of the roofline. Against lesson 5 that is 1.9 times as fast at M = 1 and 7 times at M = 2048.
 Predicted: 1.0x of fp16 at M = 1, as 128 programs wait for their products one after the other, and not for bytes; 0.5x
-at M = 2048. Both were too hopeful by a fifth.
-  A surprise: group size 128 has 4% fewer bytes and takes 30% less time at M = 1, 34 microseconds: 1.11x, the first
+at M = 2048. Both were too hopeful by about a fifth.
+  A surprise: group size 128 has 4% fewer bytes and takes 30% less time at M = 1, 33 microseconds: 1.16x, the first
 int4 matmul of this course to beat fp16. Its steps are 128 long, so there are half as many. Time goes by steps, then,
 each with four products that wait for one another, and not by bytes.
   Tried: the plain twin of `unpack`. The compiler works on one half-word at a time and puts pairs together afterwards,

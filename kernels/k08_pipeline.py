@@ -30,22 +30,22 @@ WHO READS WHAT. As in lesson 7.
 MEASURED on an H200 (results/k08_pipeline.json: command, versions, date; 8192 x 8192), microseconds:
 
     num_stages                   1     2     3     4     5
-    M = 16, group size 64      234   103    54    41    39      fp16 takes 33: 0.87x at best, 22% of the roofline
-    M = 16, group size 128     139    68    39    36    35      0.95x
-    M = 2048, group size 64   1339   710   560   584   587      fp16 takes 356 to 392: 0.7x, 72% of the roofline
+    M = 16, group size 64      227   100    53    41    38      fp16 takes 34: 0.88x at best, 23% of the roofline
+    M = 16, group size 128     134    68    38    36    35      0.97x
+    M = 2048, group size 64   1318   699   576   577   587      fp16 takes 357 to 374: 0.6x, 72% of the roofline
 
-With the options of `launch_options`, at group size 64: 39 at M = 1 (0.95x; lesson 7: 54), 79 at M = 128 (0.47x), 165 at
-M = 512 (0.54x), 564 at M = 2048 (0.70x).
+With the options of `launch_options`, at group size 64: 38 at M = 1 (1.00x; lesson 7: 53), 77 at M = 128 (0.49x), 160 at
+M = 512 (0.57x), 560 at M = 2048 (0.65x).
 Predicted at M = 16: 125 microseconds with 1 stage, 128 steps that wait 0.7 microseconds each and then work 0.27;
 with 3 stages 39, with 5 stages 34 (these two, and the 0.27, are not theory: a prototype took so long at group size
-128). At group size 128 they came true, 39 and 35. Little's law asks for more stages still, but that is not what is
+128). At group size 128 they came true, 38 and 35. Little's law asks for more stages still, but that is not what is
 waited for now: four products a step, each of which waits for the one before, and the step is no shorter than their
 sum. At M = 2048: 1 stage 1.5 times slower than 2, and nothing between 3 and 5, as there are two programs a
 multiprocessor, and while one waits the other works.
   A surprise: without a pipeline it is far worse than that. With 1 stage a step at M = 16 takes 1.8 microseconds and not
 1: probably it waits twice, for the codes, and then for x, which is asked for only when the codes have come. And at
-M = 2048 the second program does not fill the first one's waiting: 1 stage takes 1.9 times as long as 2, and 2.4 times
-as long as 3. Beyond 3 it gets worse by 1 to 5%, for which nothing here accounts.
+M = 2048 the second program does not fill the first one's waiting: 1 stage takes 1.9 times as long as 2, and 2.3 times
+as long as 3.
 
 NEXT. At M = 1 there are 128 programs of four warps, for 132 multiprocessors that have room for 64 warps each. Lesson 9
 cuts K into parts and gives each to a program of its own. And at M = 2048 each program dequantizes while its tensor

@@ -24,10 +24,10 @@ sums lose a digit. The conversion is the price of being right for every x.
 NEW as well: what may run before `gdc_wait` (lesson 9's early launch). A weight does not change between kernels, so its
 first loads go there: they are under way while the kernel before is still finishing.
 
-MEASURED on an H200 (results/k10_gemv.json: command, versions, date; 8192 x 8192): 15.4 microseconds at group size
-128, 16.0 at 64; 2.4x of fp16, 54% of the roofline. Predicted: 12, nine for the instructions and a start and an end of
-one or two. Smaller weights do better against fp16, whose kernels are not made for them: 2.9x at 512 x 2048, 2.0
-microseconds in all (results/attempts.json).
+MEASURED on an H200 (results/k10_gemv.json: command, versions, date; 8192 x 8192): 15.0 microseconds at group size 128,
+16.9 at 64; 2.5x and 2.3x of fp16, 55 and 51% of the roofline. Predicted: 12, nine for the instructions and a start and
+an end of one or two. Smaller weights do better against fp16, whose kernels are not made for them: 2.9x at 512 x 2048,
+2.0 microseconds in all (results/attempts.json).
   Tried and failed: products and sums of four in fp16, x scaled by a power of two for each block so that nothing
 overflows. A fifth fewer instructions, 6% faster, four times the error (results/attempts.json). So instructions alone
 are not what it waits for; what else, this measurement does not say.

@@ -36,12 +36,12 @@ To ask for the same bytes four times costs no memory: the four threads are in on
 MEASURED on an H200 (results/k11_dequantize_gemm.json: command, versions, date; 8192 x 8192, group size 64):
 
     M              1      16     128     512    2048
-    lesson 8      39      39      79     165     564    microseconds
-    lesson 11     90      88      88     134     421
-    of fp16    0.42x   0.38x   0.43x   0.68x   0.89x    10% of the roofline at M = 1, 97% at M = 2048
+    lesson 8      38      39      77     160     560    microseconds
+    lesson 11     91      87      89     132     413
+    of fp16    0.42x   0.39x   0.43x   0.69x   0.87x    9% of the roofline at M = 1, 101% at M = 2048
 
-(group size 128, M = 2048: 422.) Predicted: 0.89x of fp16 at M = 2048, 0.67x at M = 512. `dequantize` alone takes 47
-microseconds, 86% of a plain copy's bandwidth.
+(group size 128, M = 2048: 393.) Predicted: 0.89x of fp16 at M = 2048, 0.67x at M = 512. `dequantize` alone takes 47
+microseconds, 87% of a plain copy's bandwidth.
   At first each thread kept its 8 half-words, and stored their four slices: pieces of 32 bytes, 128 bytes apart, of
 which the L2 cache puts each line together. That took 55, and lesson 2, which turns its tiles to write long rows, 49:
 the order that needs no turning was the slower one. The stores were suspected, and rightly: with whole lines 46 were

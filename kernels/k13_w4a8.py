@@ -31,13 +31,13 @@ WHO READS WHAT. As in lesson 7, out^T = w8 x8^T, with tiles of bytes:
 MEASURED on an H200 (results/k13_w4a8.json: command, versions, date; 8192 x 8192, group size 128), all passes counted:
 
     M            128     512    2048
-    lesson 13     66     132     501    microseconds (group size 64: 71, 156, 531)
-    of fp16    0.56x   0.68x   0.79x    38%, 77% and 81% of the roofline of 16-bit arithmetic
+    lesson 13     66     130     496    microseconds (group size 64: 70, 138, 529)
+    of fp16    0.57x   0.71x   0.72x    39%, 80% and 83% of the roofline of 16-bit arithmetic
 
-That was before the loop made scale / row_scale, which came ready-made. Predicted: the tensor cores' 210 microseconds at
-M = 2048. It gains a tenth on lesson 8 (561) and no more: probably the tensor cores were not what it waited for.
-Dequantizing and multiplying still take turns, and making int8 operands costs more instructions than fp16 ones. Lesson
-15, where they overlap, takes 262. The error came out as foretold: 1.0 to 1.5% (results/matmul.json).
+The loop makes scale / row_scale itself; as long as they came ready-made it took 66, 132 and 501. Predicted: the tensor
+cores' 210 microseconds at M = 2048. It gains a tenth on lesson 8 (553) and no more: probably the tensor cores were not
+what it waited for. Dequantizing and multiplying still take turns, and making int8 operands costs more instructions than
+fp16 ones. Lesson 15, where they overlap, takes 269. The error came out as foretold: 1.0 to 1.5% (results/matmul.json).
   A surprise, at the other end: with one token it took 87 microseconds at group size 128, in steps of 128 along K, and
 43 at 64, in steps of 64, where lesson 10 took 17 to 18 (results/attempts.json). Few tokens are no case for it; the
 launcher has taken steps of 64 for them since.

@@ -27,13 +27,13 @@ MEASURED on an H200 (results/k15_w4a8_hopper.json: command, versions, date; 8192
 counted:
 
     M            128     512    2048
-    lesson 15     41      72     262    microseconds (group size 64: 42, 81, 274)
-    of fp16    0.92x   1.24x   1.48x    62%, 141% and 155% of the roofline of 16-bit arithmetic
+    lesson 15     41      72     269    microseconds (group size 64: 40, 75, 278)
+    of fp16    0.93x   1.27x   1.33x    64%, 143% and 154% of the roofline of 16-bit arithmetic
 
-That was before the loop made scale / row_scale, which came ready-made. Of 8-bit arithmetic's roofline it is 77% at M =
-2048. Predicted: half of fp16's time and the 12 microseconds of the pass over x, 206. A fifth of what was measured is
-not accounted for.
-  A surprise: at M = 128 half the clocks save next to nothing, as lesson 12 takes 42. And from 128 tokens on no matrix
+The loop makes scale / row_scale itself; as long as they came ready-made it took 41, 72 and 262. Of 8-bit arithmetic's
+roofline it is 77% at M = 2048. Predicted: half of fp16's time and the 12 microseconds of the pass over x, 206. A
+quarter of what was measured is not accounted for.
+  A surprise: at M = 128 half the clocks save next to nothing, as lesson 12 takes 40. And from 128 tokens on no matrix
 is so small as to take less than 12.7 microseconds. Supposed was: for the launch ahead, which read x and all scales
 before anything was multiplied. That was not it: since it only reads x this lesson takes as long, and lesson 23, with
 the same launch ahead, 4 to 6 microseconds (results/attempts.json).

@@ -36,8 +36,8 @@ MEASURED on an H200 (results/k18_fused_layers.json: command, versions, date; gro
 torch's five fp16 kernels:
 
     n_embd, M              768, 1     768, 8     1600, 1    1600, 8
-    microseconds           4.6        6.9        6.9        11.0
-    torch's fp16           18.8       18.9       27.9       28.1
+    microseconds           4.6        6.9        6.9        10.9
+    torch's fp16           18.7       18.7       27.6       27.9
     times as fast          4.1        2.7        4.0        2.6
 
 Predicted: twice lesson 17's times and 0.2 each, 4.2 and 4.5 at 768, 6.8 and 8.7 at 1600, for one token and eight. One

@@ -35,12 +35,12 @@ and if parts are joined here, a store, a counter and a load, each a trip to the 
 MEASURED on an H200 (results/k19_attention.json: command, versions, date), microseconds, parts joined here, in fp32:
 
     heads, length      12, 128     12, 512     12, 1024    25, 128     25, 512     25, 1024
-    one sequence       1.9         3.1         3.5         2.0         3.4         4.6
-    eight              2.4         5.9         8.5         3.4         10.9        18.3
-    torch, one         20          23          23          20          24          25
+    one sequence       1.9         3.1         3.5         1.9         3.4         4.6
+    eight              2.3         5.8         8.6         3.3         10.9        18.4
+    torch, one         19          23          23          20          23          25
 
 torch's own takes a mask, two copies into the cache and its attention kernel, in fp16. Eight sequences of 1024 reach
-68 to 70% of the memory's pace; one is all chain, as predicted.
+67 to 69% of the memory's pace; one is all chain, as predicted.
   A whole step (results/attempts.json), microseconds, with parts joined here and joined by the projection:
 
     position           124 of 128     508 of 512     1020 of 1024

@@ -24,12 +24,12 @@ WHO READS WHAT. As in lesson 17, but with int8 sixteen neighbours a thread, one 
 MEASURED on an H200 (results/k20_step_ends.json: command, versions, date), LayerNorm to token, microseconds:
 
     K, M                   768, 1     768, 8     1600, 1    1600, 8
-    with the best token    14.3       21.3       25.3       38.5
-    logits only            12.0       18.0       22.2       34.4
-    torch's fp16           47.4       72.9       79.2       128
+    with the best token    14.0       22.5       25.6       39.0
+    logits only            11.9       18.4       22.9       34.5
+    torch's fp16           47.2       72.8       78.4       128
 
-Predicted: 11 and 20. Logits alone reach 77 and 86% of the memory's pace for one token; lesson 16, without tensor cores,
-LayerNorm and token, takes 13.6 and 37.9. The first version, a loop over two blocks a warp that fetched two past the
+Predicted: 11 and 20. Logits alone reach 77 and 83% of the memory's pace for one token; lesson 16, without tensor cores,
+LayerNorm and token, takes 13.6 and 37.7. The first version, a loop over two blocks a warp that fetched two past the
 end, took 19.4, 24.4, 36.1 and 45.9: now half of K is asked for before the wait and half behind it, all at once.
   In a whole step of GPT-2 124M the best token brought along saved 15 microseconds of 179.
 
